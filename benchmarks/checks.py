@@ -1,0 +1,79 @@
+"""The correctness gates of the benchmarks: gradients beside those of the plain model in fp64."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Set
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+ERROR_BUDGET = 2.0
+DRAWS = 12
+DISTANCE_BUDGET = 1.5
+STANDARD_ERRORS = 6.0
+
+
+class CheckFailed(Exception):
+    """A variant does not compute what it promises."""
+
+
+class Differentiable(Protocol):
+    def gradients(self) -> dict[str, Tensor]: ...
+
+    def sampled(self) -> set[str]: ...
+
+
+def check_exact(
+    variant: str,
+    found: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    sampled: Set[str],
+    dtype: torch.dtype,
+) -> float:
+    """The largest error of a gradient that is not sampled, over that of the plain model in the same dtype.
+
+    Both errors get a rounding step of the gradient's norm added, so that a lucky plain model does not count.
+    """
+    if found.keys() != truth.keys():
+        raise CheckFailed(f"{variant}: gradients of {sorted(found.keys() ^ truth.keys())} are missing or too many")
+    largest = 0.0
+    for name in truth.keys() - sampled:
+        step = torch.finfo(dtype).eps * truth[name].norm() + torch.finfo(dtype).tiny
+        ratio = float(((found[name] - truth[name]).norm() + step) / ((plain[name] - truth[name]).norm() + step))
+        if not ratio <= ERROR_BUDGET:
+            raise CheckFailed(f"{variant}: the gradient of {name} has {ratio:.2f}x the plain model's error")
+        largest = max(largest, ratio)
+    return largest
+
+
+def check_unbiased(variant: str, step: Differentiable, truth: Mapping[str, Tensor]) -> float:
+    """The squared distance of the mean of some draws to the exact gradient, over what chance alone gives: about 1.
+
+    Also checked is the length of each along the exact gradient, where a wrong scale shows most.
+    """
+    names = sorted(step.sampled())
+    directions = {name: truth[name] / truth[name].norm() for name in names}
+    sums = {name: torch.zeros_like(truth[name]) for name in names}
+    lengths: dict[str, list[float]] = {name: [] for name in names}  # along the exact gradient, 1 is right
+    squares = 0.0
+    for _ in range(DRAWS):
+        gradients = step.gradients()
+        for name in names:
+            found = gradients[name] / truth[name].norm()
+            sums[name] += found
+            squares += float(found.square().sum())
+            lengths[name].append(float((found * directions[name]).sum()))
+
+    for name in names:
+        off = abs(statistics.fmean(lengths[name]) - 1) / (statistics.stdev(lengths[name]) / DRAWS**0.5)
+        if not off <= STANDARD_ERRORS:
+            raise CheckFailed(f"{variant}: along the gradient of {name}, the mean is {off:.1f} standard errors off")
+    means = {name: total / DRAWS for name, total in sums.items()}
+    variance = (squares - DRAWS * sum(float(mean.square().sum()) for mean in means.values())) / (DRAWS - 1)
+    ratio = sum(float((means[name] - directions[name]).square().sum()) for name in names) / (variance / DRAWS)
+    if not ratio <= DISTANCE_BUDGET:
+        raise CheckFailed(f"{variant}: the mean of {DRAWS} draws is {ratio:.2f}x as far away as chance allows, squared")
+    return ratio

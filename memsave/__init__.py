@@ -1,0 +1,87 @@
+"""memsave: drop-in PyTorch modules that train and run models in less memory.
+
+    report = memsave.convert_model(model)      # in place; print(report)
+    memsave.restore_model(model)               # and back
+
+Importing memsave changes nothing outside of it; what needs more than torch is imported at first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Guarantee, MethodConfig
+    from .convert import convert_model, restore_model
+    from .errors import (
+        ConflictError,
+        ConversionError,
+        MemsaveError,
+        NoMatchError,
+        NotAModelError,
+        RestoreError,
+        UnsupportedModelError,
+    )
+    from .memory import MemoryProfile, measure, saved_bytes
+    from .methods import RecomputeNormConfig, WTACRSConfig
+    from .ops import backends
+    from .report import Report
+
+try:
+    __version__ = version("memsave")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+_PLACES = {
+    "config": ("Guarantee", "MethodConfig"),
+    "convert": ("convert_model", "restore_model"),
+    "errors": (
+        "ConflictError",
+        "ConversionError",
+        "MemsaveError",
+        "NoMatchError",
+        "NotAModelError",
+        "RestoreError",
+        "UnsupportedModelError",
+    ),
+    "memory": ("MemoryProfile", "measure", "saved_bytes"),
+    "methods": ("RecomputeNormConfig", "WTACRSConfig"),
+    "ops": ("backends",),
+    "report": ("Report",),
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "ConflictError",
+    "ConversionError",
+    "Guarantee",
+    "MemoryProfile",
+    "MemsaveError",
+    "MethodConfig",
+    "NoMatchError",
+    "NotAModelError",
+    "Report",
+    "RecomputeNormConfig",
+    "RestoreError",
+    "UnsupportedModelError",
+    "WTACRSConfig",
+    "backends",
+    "convert_model",
+    "measure",
+    "restore_model",
+    "saved_bytes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    if name in ("ops", "nn", "methods", "memory"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'memsave' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

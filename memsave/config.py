@@ -1,0 +1,170 @@
+"""The contract of a method: a config that says what it targets, what it guarantees, and how it converts a module.
+
+A config is data: frozen, keyword-only, validated when it is made, and round-trips through JSON. `convert.py` works
+with what is declared here and knows no method by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Guarantee(str, Enum):
+    """What a method promises about the numbers."""
+
+    EXACT = "exact"
+    """Same function and same gradients, up to rounding."""
+    UNBIASED_GRAD = "unbiased gradient"
+    """Same function; the gradient is right in expectation."""
+    ADAPTER = "adapter"
+    """The base is frozen; new parameters are trained."""
+    APPROXIMATE = "approximate"
+    """The function changes."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of every method's config. Subclasses are frozen, keyword-only dataclasses in `memsave/methods/`.
+
+    A method with `scope = "modules"` subclasses `TargetedConfig`. A method with `scope = "model"` subclasses this
+    class, and its `convert` receives the whole model.
+    """
+
+    name: ClassVar[str]
+    guarantee: ClassVar[Guarantee]
+    scope: ClassVar[str] = "model"
+    default: ClassVar[bool] = False
+    """Whether `convert_model(model)` without configs applies the method."""
+    docs: ClassVar[str] = ""
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Say in words why `module` cannot be converted, or return None. Changes nothing."""
+        return None
+
+    def parts(self, module: nn.Module) -> Mapping[str, object]:
+        """Name the parts of a shared module (see `nn/linear.py`) that this method sets, with their settings.
+
+        Two methods conflict on a module only when they set the same part differently. The substrate sets none.
+        """
+        return {}
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """Convert `module`: in place (then the same object is returned), or by a new module for all its parents.
+
+        It either succeeds or raises and leaves `module` as it was. A new module takes over the hooks of `module`; its
+        training flag and its place in the model are the caller's work.
+        """
+        raise TypeError(f"{type(self).__name__} does not define convert(module)")
+
+    def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
+        """Undo `convert` on a module that it returned; give back the original, or what stands for it.
+
+        It either succeeds or raises and leaves `module` as it was. One that gives back another object does not change
+        `module`, so that it can be put back if a later module cannot be restored. `adapters` is "merge" or "drop".
+        """
+        raise TypeError(f"{type(self).__name__} does not define restore(module)")
+
+    def backend(self, module: nn.Module) -> str:
+        """Name the kernels that serve `module` now: "torch", "native", "triton" or "reference"."""
+        return "torch"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain data; `MethodConfig.from_dict` reads it back."""
+        return {"method": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def to_json(self) -> str:
+        """The config as JSON; `MethodConfig.from_json` reads it back."""
+        return json.dumps(self.to_dict())
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> MethodConfig:
+        """Make the config that `to_dict` described. Raises ValueError for an unknown method or field."""
+        settings = dict(data)
+        name = settings.pop("method", None)
+        known = {cls.name: cls for cls in _subclasses(MethodConfig) if "name" in cls.__dict__}
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"method {name!r} is unknown; expected one of {sorted(known)}")
+        cls = known[name]
+        if strange := set(settings) - {f.name for f in fields(cls)}:
+            raise ValueError(f"{cls.__name__} has no field {sorted(strange)}; it has {[f.name for f in fields(cls)]}")
+        return cls(**settings)
+
+    @staticmethod
+    def from_json(text: str) -> MethodConfig:
+        """Make the config that `to_json` wrote."""
+        return MethodConfig.from_dict(json.loads(text))
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedConfig(MethodConfig):
+    """A method that converts single modules.
+
+    Args:
+        target_modules: which modules, by PEFT's rule: a string is a regular expression that must match the whole
+            qualified name; a list holds exact names or dotted suffixes (`"q_proj"` matches `layers.0.attn.q_proj`), and
+            every entry must match something. None means every module that the method can convert, and is allowed only
+            where the guarantee is `EXACT`.
+        exclude_modules: modules to leave out, by the same rule; it wins over `target_modules`.
+    """
+
+    scope: ClassVar[str] = "modules"
+
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, field, _checked_targets(type(self).__name__, field, getattr(self, field)))
+        if self.target_modules is None and self.guarantee is not Guarantee.EXACT:
+            raise ValueError(
+                f"{type(self).__name__} changes results ({self.guarantee}), so it must be aimed: give target_modules, "
+                f"for example ['up_proj', 'down_proj'], or r'.*' for every module that it can convert"
+            )
+
+    def candidate(self, module: nn.Module) -> bool:
+        """Whether `module` is of a kind that this method converts (judged by its class and structure alone)."""
+        raise TypeError(f"{type(self).__name__} does not define candidate(module)")
+
+
+def _subclasses(cls: type[MethodConfig]) -> Iterator[type[MethodConfig]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _checked_targets(owner: str, field: str, value: object) -> str | tuple[str, ...] | None:
+    """Validate a target filter; lists become tuples so that the config can be hashed."""
+    if value is None:
+        return None
+    if isinstance(value, str) and value:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{owner}.{field}: {value!r} is not a regular expression: {error}") from None
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)) and value and all(isinstance(v, str) and v for v in value):
+        return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+    raise ValueError(
+        f"{owner}.{field}: expected a regular expression or a non-empty list of module names, got {value!r}"
+    )
+
+
+def matches(targets: str | Collection[str], fqn: str) -> list[str]:
+    """The entries of `targets` that match the qualified name `fqn` (a lone string is one entry)."""
+    if isinstance(targets, str):
+        return [targets] if re.fullmatch(targets, fqn) else []
+    return [entry for entry in targets if fqn == entry or fqn.endswith(f".{entry}")]

@@ -1,0 +1,410 @@
+"""convert_model and restore_model: plan everything, then apply it all or nothing. No method is known here by name.
+
+The plan is made without touching the model, and every problem found is raised together. Applying keeps a log, and on
+any exception the model is put back as it was.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from .config import Guarantee, MethodConfig, TargetedConfig, matches
+from .errors import ConflictError, MemsaveError, NoMatchError, RestoreError, UnsupportedModelError, raise_all
+from .report import Report, group_rows, group_skips, groups, pattern
+
+_UNCHANGED = "The model was not changed."
+_WRAPPERS = {
+    "DistributedDataParallel": "convert or restore the model before wrapping it",
+    "DataParallel": "convert or restore the model before wrapping it",
+    "FullyShardedDataParallel": "convert or restore the model before wrapping it",
+    "FSDPModule": "convert or restore the model before fully_shard",
+    "OptimizedModule": "convert or restore the model before torch.compile",
+    "ScriptModule": "a scripted module has no Python forward to convert",
+    "DeepSpeedEngine": "convert or restore the model before deepspeed.initialize",
+}
+
+
+class _Change(NamedTuple):
+    name: str
+    module: nn.Module
+    config: MethodConfig
+
+
+@dataclass
+class _Plan:
+    changes: list[_Change] = field(default_factory=list)
+    already: list[_Change] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+    problems: list[MemsaveError] = field(default_factory=list)
+
+
+def applied_configs(module: nn.Module) -> dict[str, MethodConfig]:
+    """The configs that `module` itself is converted by, by method name, oldest first."""
+    return dict(module.__dict__.get("_memsave", {}))
+
+
+def convert_model(
+    model: nn.Module, configs: MethodConfig | Sequence[MethodConfig] | None = None, *, dry_run: bool = False
+) -> Report:
+    """Convert `model` in place and return a report; the result is not the model.
+
+    Args:
+        model: any module that is not wrapped (DDP, FSDP, compiled) yet. Parameters stay the same objects unless a
+            method says otherwise, so an optimizer made before goes on working.
+        configs: one config or several; None applies every method whose guarantee is exact and whose `default` is set.
+        dry_run: plan and report without changing anything.
+
+    Raises:
+        NoMatchError: a target matches nothing, or nothing that its method converts.
+        ConflictError: two configs set the same part of one module differently, also across calls.
+        UnsupportedModelError: the model is wrapped, or cannot be converted for a reason that is named.
+        ConversionError: several of these at once, all listed. In every case the model is unchanged.
+    """
+    wanted = _as_configs(model, configs)
+    modules = _names_by_module(model)
+    plan = _plan(model, wanted, modules)
+    raise_all(plan.problems)
+    kinds = {id(module): _kind(module) for _, module in modules}
+    report = Report(
+        action="would be converted (dry run)" if dry_run else "converted",
+        rows=group_rows(plan.changes, kinds),
+        already=group_rows(plan.already, kinds),
+        skipped=_skipped(modules, plan, wanted),
+        devices=tuple(sorted({str(p.device) for p in model.parameters()})),
+    )
+    if not dry_run:
+        _apply(model, plan.changes)
+    return report
+
+
+def restore_model(
+    model: nn.Module,
+    *,
+    methods: Sequence[str] | None = None,
+    adapters: str | None = None,
+    allow_lossy: bool = False,
+) -> Report:
+    """Undo conversions in place: the original classes, objects and values are back, bit for bit where nothing was lost.
+
+    Args:
+        model: a model that was converted, or not (then nothing happens and the report says so).
+        methods: names of the methods to take off; None means all.
+        adapters: "merge" or "drop", required where adapters are present.
+        allow_lossy: needed to take off a method that changed the function; what comes back is its dense equivalent.
+
+    Raises:
+        RestoreError: a named method is not applied, or one of the two choices above is missing. The model is unchanged.
+    """
+    _check_model(model)
+    if adapters not in (None, "merge", "drop"):
+        raise ValueError(f"restore_model: adapters: expected 'merge' or 'drop', got {adapters!r}. {_UNCHANGED}")
+    modules = _names_by_module(model)
+    found = [_Change(name, module, c) for name, module in modules for c in reversed(applied_configs(module).values())]
+    present = {change.config.name for change in found}
+    chosen = present if methods is None else set([methods] if isinstance(methods, str) else methods)
+    problems: list[MemsaveError] = []
+    if missing := sorted(chosen - present):
+        problems.append(
+            RestoreError(f"restore_model: {missing} not applied to this model; it has {sorted(present)}. {_UNCHANGED}")
+        )
+    changes = [change for change in found if change.config.name in chosen]
+    problems += _restore_problems(changes, adapters, allow_lossy)
+    raise_all(problems)
+    kinds = {id(module): _kind(module) for _, module in modules}
+    rows = group_rows(changes, kinds)
+    _unapply(model, changes, adapters)
+    return Report(action="restored", rows=rows)
+
+
+def _restore_problems(changes: Sequence[_Change], adapters: str | None, allow_lossy: bool) -> list[MemsaveError]:
+    problems: list[MemsaveError] = []
+    for name, guarantee in sorted({(c.config.name, c.config.guarantee) for c in changes}):
+        if guarantee is Guarantee.ADAPTER and adapters is None:
+            problems.append(
+                RestoreError(
+                    f"restore_model: {name} holds trained adapters; say adapters='merge' or 'drop'. {_UNCHANGED}"
+                )
+            )
+        if guarantee is Guarantee.APPROXIMATE and not allow_lossy:
+            problems.append(
+                RestoreError(
+                    f"restore_model: {name} changed the function, and the original weights are gone; "
+                    f"say allow_lossy=True to get its dense equivalent. {_UNCHANGED}"
+                )
+            )
+    return problems
+
+
+def _as_configs(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig] | None) -> list[MethodConfig]:
+    """Check both arguments; fill in the default methods."""
+    _check_model(model)
+    if configs is None:
+        from .methods import METHODS
+
+        return [method() for method in METHODS if method.default]
+    listed = [configs] if isinstance(configs, MethodConfig) or not isinstance(configs, Sequence) else list(configs)
+    for config in listed:
+        if not isinstance(config, MethodConfig):
+            made = f" (did you mean {config.__name__}(...)?)" if isinstance(config, type) else ""
+            raise TypeError(f"convert_model: expected method configs, got {config!r}{made}. {_UNCHANGED}")
+    if not listed:
+        raise ValueError(f"convert_model: expected at least one config, or None for the defaults; got []. {_UNCHANGED}")
+    return list(dict.fromkeys(listed))
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                where = f"its submodule {name!r}" if name else "the model"
+                raise UnsupportedModelError(
+                    f"{where} is wrapped in {cls.__name__}: {_WRAPPERS[cls.__name__]}. {_UNCHANGED}"
+                )
+
+
+def _names_by_module(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module once, in order, with all its qualified names joined to their first."""
+    return list(model.named_modules())
+
+
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """Every qualified name of every module, shared ones included."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _kind(module: nn.Module) -> str:
+    return getattr(type(module), "_memsave_base", type(module)).__name__
+
+
+def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: list[tuple[str, nn.Module]]) -> _Plan:
+    plan = _Plan()
+    aliases = _aliases(model)
+    planned: dict[int, dict[str, MethodConfig]] = {id(m): applied_configs(m) for _, m in modules}
+    conflicts: list[tuple[str, str]] = []
+    for config in configs:
+        if isinstance(config, TargetedConfig):
+            selected = _select(config, modules, aliases, plan)
+        else:
+            reason = config.why_not(model)
+            selected = [] if reason else [("", model)]
+            if reason:
+                plan.problems.append(UnsupportedModelError(f"{config}: {reason}. {_UNCHANGED}"))
+        for name, module in selected:
+            present = planned[id(module)]
+            if present.get(config.name) == config:
+                plan.already.append(_Change(name, module, config))
+            elif conflict := _conflict(config, present, module):
+                conflicts.append((conflict, name))
+            else:
+                present[config.name] = config
+                plan.changes.append(_Change(name, module, config))
+    plan.problems += [ConflictError(f"{pattern(names)}: {why}. {_UNCHANGED}") for why, names in groups(conflicts)]
+    return plan
+
+
+def _conflict(config: MethodConfig, present: dict[str, MethodConfig], module: nn.Module) -> str | None:
+    """Say why `config` cannot join the configs that `module` has or will have."""
+    if config.name in present:
+        return f"{config} was asked for, but it is converted by {present[config.name]}; restore that one first"
+    mine = config.parts(module)
+    for other in present.values():
+        theirs = other.parts(module)
+        if both := sorted(part for part in mine.keys() & theirs.keys() if mine[part] != theirs[part]):
+            return f"{config} and {other} both set {', '.join(both)}, differently; leave one of them out"
+    return None
+
+
+def _select(
+    config: TargetedConfig, modules: list[tuple[str, nn.Module]], aliases: dict[int, list[str]], plan: _Plan
+) -> list[tuple[str, nn.Module]]:
+    """The modules that `config` converts; reasons for the rest and problems go to the plan."""
+    selected: list[tuple[str, nn.Module]] = []
+    hits: Counter[str] = Counter()
+    refused: dict[str, str] = {}
+    within = _within(config.name, modules)
+    for name, module in modules:
+        names = aliases[id(module)]
+        done = config.name in applied_configs(module)
+        entries = (
+            {e for n in names for e in matches(config.target_modules, n)} if config.target_modules is not None else {""}
+        )
+        if not entries or id(module) in within or not (done or config.candidate(module)):
+            continue
+        if config.exclude_modules is not None and any(matches(config.exclude_modules, n) for n in names):
+            refused |= dict.fromkeys(entries, "every match is excluded")
+            plan.reasons[id(module)] = f"excluded from {config.name}"
+            continue
+        reason = (
+            config.why_not(module)
+            if name
+            else "it is the model itself, whose class never changes; put it in a container"
+        )
+        if reason and not done:
+            refused |= dict.fromkeys(entries, f"{name}: {reason}" if name else reason)
+            plan.reasons[id(module)] = reason
+            continue
+        hits.update(entries)
+        selected.append((name, module))
+    wanted = [""] if config.target_modules is None else matches_entries(config.target_modules)
+    for entry in wanted:
+        if not hits[entry]:
+            plan.problems.append(NoMatchError(_no_match(config, entry, refused.get(entry), modules, aliases)))
+    return selected
+
+
+def _within(method: str, modules: list[tuple[str, nn.Module]]) -> set[int]:
+    """Ids of what lies within a module that `method` converted, such as the base that an adapter wraps."""
+    converted = [module for _, module in modules if method in applied_configs(module)]
+    inner = (m for module in converted for m in module.modules())
+    return {id(m) for m in inner if method not in applied_configs(m)}
+
+
+def matches_entries(targets: str | Collection[str]) -> list[str]:
+    """The entries of a target filter, each of which must match."""
+    return [targets] if isinstance(targets, str) else list(targets)
+
+
+def _no_match(
+    config: TargetedConfig,
+    entry: str,
+    refused: str | None,
+    modules: list[tuple[str, nn.Module]],
+    aliases: dict[int, list[str]],
+) -> str:
+    """The message for a target that leads to nothing, with the nearest names."""
+    by_regex = isinstance(config.target_modules, str)
+    convertible = Counter(name.rpartition(".")[2] for name, module in modules if name and config.candidate(module))
+    listing = ", ".join(f"{name} x{n}" for name, n in convertible.most_common(12)) or "none"
+    if not entry:
+        why = f": {refused}" if refused else ""
+        return f"the model has no module that {config.name} can convert{why}. {_UNCHANGED}"
+    rule = entry if by_regex else (entry,)
+    if refused:
+        what = f"matches only what cannot be converted ({refused})"
+    elif others := [_kind(m) for _, m in modules if any(matches(rule, n) for n in aliases[id(m)])]:
+        what = f"matches only modules that {config.name} does not convert ({', '.join(sorted(set(others)))})"
+    elif by_regex and entry in convertible:
+        what = f"matches no module (a string is a regular expression for the whole name; did you mean [{entry!r}]?)"
+    else:
+        near = difflib.get_close_matches(entry.rpartition(".")[2], list(convertible), n=1)
+        what = "matches no module" + (f" (did you mean {near[0]!r}?)" if near else "")
+    return (
+        f"{type(config).__name__}.target_modules: {entry!r} {what}. {config.name} can convert: {listing}. {_UNCHANGED}"
+    )
+
+
+def _skipped(modules: list[tuple[str, nn.Module]], plan: _Plan, configs: Sequence[MethodConfig]) -> tuple:
+    """Rows for the modules that hold parameters of their own and that no config of this call converts."""
+    done = {id(change.module) for change in [*plan.changes, *plan.already]}
+    total = sum(
+        p.nbytes for p in {id(p): p for _, m in modules for p in m._parameters.values() if p is not None}.values()
+    )
+    names = "/".join(sorted({config.name for config in configs}))
+    rows = []
+    for name, module in modules:
+        own = [p for p in module._parameters.values() if p is not None]
+        if id(module) in done or not (own or id(module) in plan.reasons):
+            continue
+        if (reason := plan.reasons.get(id(module))) is None:
+            deep = max(p.dim() for p in own) > 2 and not hasattr(module, "kernel_size")
+            kind = f"holds {max(p.dim() for p in own)}-D parameters" if deep else "not targeted, or of no kind"
+            reason = f"{kind}: no linear for {names}" if deep else f"{kind} that {names} converts"
+        rows.append((name, _kind(module), reason, sum(p.nbytes for p in own) / max(total, 1)))
+    return group_skips(rows)
+
+
+def _apply(model: nn.Module, changes: Sequence[_Change]) -> None:
+    """Convert one module at a time; on any exception undo all of it."""
+    current: dict[int, nn.Module] = {}
+    undo: list[Callable[[], None]] = []
+    try:
+        for name, module, config in changes:
+            old = current.get(id(module), module)
+            if old is not module and isinstance(config, TargetedConfig) and not config.candidate(old):
+                other = next(iter(applied_configs(old).values()), "another method")
+                raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
+            new = config.convert(old)
+            undo.append(lambda old=old, new=new, config=config: _put_back(model, new, old, config))  # type: ignore[misc]
+            if new is not old:
+                if config.scope == "model":
+                    raise TypeError(f"{config}: a method of model scope must return the model itself")
+                new.train(old.training)
+                _replace(model, old, new)
+            new.__dict__.setdefault("_memsave", {})[config.name] = config
+            current[id(module)] = new
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _put_back(model: nn.Module, new: nn.Module, old: nn.Module, config: MethodConfig) -> None:
+    if new is old:
+        config.restore(new, adapters="drop")
+        _forget(new, config)
+    else:
+        _replace(model, new, old)
+
+
+def _unapply(model: nn.Module, changes: Sequence[_Change], adapters: str | None) -> None:
+    """Restore one module at a time; on any exception convert again what was restored."""
+    current: dict[int, nn.Module] = {}
+    undo: list[Callable[[], None]] = []
+    try:
+        for _, module, config in changes:
+            new = current.get(id(module), module)
+            record = applied_configs(new)
+            old = config.restore(new, adapters=adapters)
+            undo.append(lambda old=old, new=new, c=config, r=record: _convert_again(model, old, new, c, r))  # type: ignore[misc]
+            if old is not new:
+                old.train(new.training)
+                _replace(model, new, old)
+            _forget(old, config)
+            current[id(module)] = old
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _convert_again(
+    model: nn.Module, old: nn.Module, new: nn.Module, config: MethodConfig, record: dict[str, MethodConfig]
+) -> None:
+    """`record` is what was applied before, oldest first."""
+    if new is old:
+        config.convert(old).__dict__["_memsave"] = record
+    else:
+        _replace(model, old, new)
+
+
+def _forget(module: nn.Module, config: MethodConfig) -> None:
+    """Drop the record of `config` where the method keeps none of its own."""
+    record = module.__dict__.get("_memsave")
+    if record is not None:
+        record.pop(config.name, None)
+        if not record:
+            del module.__dict__["_memsave"]
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` is a child."""
+    for parent, name in list(_places(model, old)):
+        setattr(parent, name, new)
+
+
+def _places(model: nn.Module, child: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for parent in model.modules():
+        for name, module in parent._modules.items():
+            if module is child:
+                yield parent, name

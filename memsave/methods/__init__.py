@@ -1,0 +1,8 @@
+"""The methods: one file each, named after its paper. A new method adds its config to METHODS."""
+
+from .recompute_norm import RecomputeNormConfig
+from .wta_crs import WTACRSConfig
+
+METHODS = (RecomputeNormConfig, WTACRSConfig)
+
+__all__ = ["METHODS", "RecomputeNormConfig", "WTACRSConfig"]

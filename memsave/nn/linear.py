@@ -1,0 +1,213 @@
+"""The one memsave linear, for `nn.Linear` and for GPT-2's `Conv1D` (a linear whose weight is stored transposed).
+
+x is (..., D), N rows; weight (O, D), or (D, O) for Conv1D; bias (O,); y (..., O); k kept rows.
+
+It has two parts, which methods set and which compose:
+- `keep`: how the input is kept for backward: itself | by the note that its maker attached (`note.py`), which is free |
+  as sampled rows (`rows.py`: a `KeepRows`), themselves recomputed from the note where there is one;
+- `weight_grad`: "dense", or "rows" (estimated from the sampled rows). A frozen weight needs no input at all.
+The output, the input's gradient and the bias's gradient are exact in every combination.
+"""
+
+from __future__ import annotations
+
+import weakref
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from . import note as notes
+from .converted import Converted, original_class
+from .eager import no_autocast, plain
+from .note import Recipe
+from .rows import KeepRows, Sample, draw_sample, poison, sample_of
+
+
+class ConvertedLinear(Converted):
+    """`nn.Linear` or `Conv1D` with the parts named above; parameters, their names and the output are the original's."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def _transposed(self) -> bool:
+        return self._memsave_base.__name__ == "Conv1D"
+
+    def _keep_rows(self, num_rows: int) -> KeepRows | None:
+        """The `keep` part, where it would keep fewer than all rows of a training step."""
+        keep: KeepRows | None = self._memsave_parts.get("keep")
+        sampling = keep is not None and self.training and self.weight.requires_grad  # type: ignore[attr-defined]
+        return keep if sampling and keep is not None and 0 < keep.num_rows(num_rows) < num_rows else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if (plain(x) and not compiling) or not self._fits(x):
+            return super().forward(x)  # type: ignore[misc]
+        keep = self._keep_rows(prod(x.shape[:-1]))
+        # Drawn in every training forward, also without gradients or when a sibling's sample is used: reentrant
+        # checkpointing runs forward once without and once with gradients, and both must leave torch's random stream
+        # in the same state.
+        seed = ops.new_seed(x) if keep is not None else None
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(x)  # type: ignore[misc]
+        dtype = _product_dtype(x, self.weight)
+        if compiling:
+            if keep is None:
+                return super().forward(x)  # type: ignore[misc]
+            settings = (keep.keep_ratio, keep.min_rows, keep.estimator)
+            return _sampled_linear(x, self.weight, self.bias, self._transposed, dtype, seed, *settings)
+        note = notes.find(x)
+        sample = None
+        if keep is not None and seed is not None:
+            sample = sample_of(x, keep, seed, dtype, noted=note is not None)
+        elif note is None:
+            return super().forward(x)  # type: ignore[misc]
+        else:
+            note.recipe.readers += 1
+        sampled = (sample.tensors if sample else None) or ()
+        kept = (*sampled, *(note.tensors if note else ()))
+        # The context holds no tensor of the sample or the note, so that hooks can take them over.
+        shared = _Shared(len(sampled), note.recipe if note else None, weakref.ref(sample) if sample else None)
+        return _Linear.apply(x, self.weight, self.bias, self._transposed, dtype, shared, *kept)
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the original forward would accept x; where not, it raises its own error."""
+        weight = self.weight
+        autocast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
+        return (
+            (autocast or x.dtype == weight.dtype) and x.dim() > 0 and x.shape[-1] == weight.shape[not self._transposed]
+        )
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The same function and, for the same random state, the same gradients, in plain autograd."""
+        original = super().forward  # type: ignore[misc]
+        keep = self._keep_rows(prod(x.shape[:-1]))
+        if keep is None:
+            return original(x)
+        seed = ops.new_seed(x)
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return original(x)
+        flat = x.detach().reshape(-1, x.shape[-1])  # (N, D)
+        rows, scale = keep.draw(flat, seed)
+        weight = self.weight.t() if self._transposed else self.weight  # (O, D)
+        sampled = F.linear(flat[rows.long()] * scale[:, None].to(x.dtype), weight)  # (k, O)
+        y = F.linear(x, weight.detach(), self.bias)
+        # Adds zero to the output and the sampled rows' gradient to the weight.
+        zero = torch.zeros_like(y).reshape(-1, y.shape[-1]).index_add(0, rows.long(), sampled - sampled.detach())
+        return y + zero.view_as(y)
+
+    def kept_bytes(self, input_shape: tuple[int, ...], dtype: torch.dtype, *, noted: bool = False) -> int:
+        """Bytes that one training forward keeps, parameters not counted.
+
+        Whole input: N * D elements, or none with a note. Sampled: 8 bytes (index and scale) for each of k rows, D
+        elements (the poison), and k * D elements, which a note saves. Not counted are the note's own tensors: the
+        norm's input, which the norm keeps anyway, and a copy of its weight and bias.
+        """
+        if not self.weight.requires_grad:
+            return 0
+        *leading, features = input_shape
+        num_rows = prod(leading)
+        keep = self._keep_rows(num_rows)
+        if keep is None:
+            return 0 if noted else num_rows * features * dtype.itemsize
+        k = keep.num_rows(num_rows)
+        return k * 8 + (1 if noted else k + 1) * features * dtype.itemsize
+
+
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which x and weight are multiplied: autocast's where it applies, else the weight's."""
+    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype
+
+
+class _Shared(NamedTuple):
+    """How many of the kept tensors are the sample's, and what siblings share; neither of it holds a tensor."""
+
+    num_sampled: int
+    recipe: Recipe | None
+    sample: weakref.ref[Sample] | None
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b; keeps the weight itself (autocast's copy is made again in backward) and what `forward` was given.
+
+    `kept` are first the sample's tensors (rows, scale, poison and, without a note, the kept rows), then the note's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        dtype: torch.dtype,
+        shared: _Shared,
+        *kept: Tensor,
+    ) -> Tensor:
+        ctx.transposed, ctx.dtype, ctx.shared = transposed, dtype, shared
+        ctx.x_dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(weight, *kept)
+        with no_autocast(x):
+            w = weight.to(dtype)
+            return F.linear(x.to(dtype), w.t() if transposed else w, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])  # (N, O)
+        dx = dweight = dbias = None
+        with no_autocast(dy):
+            if ctx.needs_input_grad[0]:
+                w = weight.to(ctx.dtype)
+                dx = F.linear(dy, w if ctx.transposed else w.t()).to(ctx.x_dtype)
+            if ctx.needs_input_grad[1]:
+                dweight = _weight_grad(flat, ctx.dtype, ctx.shared, kept)
+                dweight = (dweight.t() if ctx.transposed else dweight).to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                dbias = flat.sum(0).to(ctx.bias_dtype)
+        return dx, dweight, dbias, *(None for _ in range(3 + len(kept)))
+
+
+@torch.compiler.allow_in_graph  # dynamo cannot trace a Function that saves tensors of a computed size; AOT autograd can
+def _sampled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, dtype: torch.dtype, seed: Tensor, *keep: Any
+) -> Tensor:
+    """The sampled linear under a compiler: no notes, no siblings; `keep` are the fields of a `KeepRows`."""
+    with torch.no_grad():
+        sample = draw_sample(x.detach().reshape(-1, x.shape[-1]), KeepRows(*keep), seed, dtype)
+    return _Linear.apply(x, weight, bias, transposed, dtype, _Shared(len(sample), None, None), *sample)
+
+
+def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[Tensor]) -> Tensor:
+    """dW (O, D) from dy (N, O) and the tensors that were kept."""
+    num_sampled, recipe, sample = shared
+    sampled, noted = tensors[:num_sampled], tensors[num_sampled:]
+    if not sampled and recipe is not None:
+        x = recipe.output(noted).to(dtype)  # (..., D)
+        return dy.t() @ x.reshape(-1, x.shape[-1])
+    rows, scale, poisoned, *stored = sampled
+    if sample is not None and (drawn := sample()) is not None:
+        drawn.release()
+    kept = stored[0] if recipe is None else recipe.output_rows(noted, rows).to(dtype)  # (k, D)
+    dweight = ops.sampled_matmul(dy, kept, rows, scale)
+    dweight += poison(dy).to(dweight.dtype)[:, None]
+    dweight += poisoned
+    return dweight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is, or was before memsave, an `nn.Linear` or GPT-2 `Conv1D` with the forward of these."""
+    cls = original_class(module)
+    if issubclass(cls, nn.Linear):
+        # MultiheadAttention reads the weight of its out_proj and never calls it.
+        return cls.forward is nn.Linear.forward and cls is not nn.modules.linear.NonDynamicallyQuantizableLinear
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"

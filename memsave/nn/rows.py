@@ -1,0 +1,104 @@
+"""Sampled rows: keep k of the N rows of a linear's input, so that their weighted sum estimates the weight gradient.
+
+x is (N, D); rows (k,) int32, ascending; scale (k,) fp32; kept (k, D) = x[rows]. For any dy (N, O), E[sum_r scale_r *
+dy[rows_r]^T kept_r] = dy^T x: each row is drawn with a probability that grows with its norm, and weighs one over that
+probability. Sources: CRS (Drineas et al. 2006), WTA-CRS (Liu et al. 2023, arXiv 2305.15265); `pps` is fixed-size
+sampling without replacement with probabilities proportional to size and Horvitz-Thompson weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import ops
+from .note import Hook, same_hook, top_hook
+
+ESTIMATORS = ("pps", "wta_crs", "crs")
+
+
+@dataclass(frozen=True)
+class KeepRows:
+    """How many rows to keep, and how to choose them.
+
+    Args:
+        keep_ratio: k = floor(keep_ratio * N), in (0, 1].
+        min_rows: k is never below this (nor above N).
+        estimator: one of `ESTIMATORS`.
+    """
+
+    keep_ratio: float
+    min_rows: int
+    estimator: str
+
+    def num_rows(self, n: int) -> int:
+        """k for n rows."""
+        # The small addend undoes rounding: 0.29 * 100 is 28.999999999999996.
+        return min(n, max(self.min_rows, int(self.keep_ratio * n + 1e-9)))
+
+    def draw(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw k rows of x (N, D) by `seed`: rows (k,) and scale (k,). k must be below N."""
+        k = self.num_rows(x.shape[0])
+        weights = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))  # (N,)
+        if self.estimator == "pps":
+            inclusion = ops.row_inclusion(weights, k)
+            rows = ops.draw_rows(inclusion, k, seed)
+            return rows, 2.0**32 / inclusion.index_select(0, rows).to(torch.float32)
+        return ops.draw_winners(weights, k, seed, self.estimator == "wta_crs")
+
+
+def poison(x: Tensor) -> Tensor:
+    """(D,): NaN for every column of x (N, D) that holds a NaN or an infinity, else 0.
+
+    A gradient that is sampled must still be non-finite where the full one is: loss scalers and NaN checks depend on it.
+    No host sync. A column whose fp32 sum overflows counts as infinite.
+    """
+    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) * 0.0
+
+
+def draw_sample(
+    x: Tensor, keep: KeepRows, seed: Tensor, dtype: torch.dtype, *, noted: bool = False
+) -> tuple[Tensor, ...]:
+    """Draw rows of x (N, D), which needs no gradient here: what is kept of it for backward.
+
+    Args:
+        dtype: the dtype in which the kept rows are multiplied.
+        noted: whether a note can recompute the rows, so that none are copied.
+
+    Returns:
+        rows (k,) int32, scale (k,) fp32, the poison (D,) and, unless `noted`, the rows themselves (k, D).
+    """
+    rows, scale = keep.draw(x, seed)
+    small = (rows, scale, poison(x).to(dtype))
+    return small if noted else (*small, ops.gather_rows(x, rows, None).to(dtype))
+
+
+class Sample:
+    """One draw of rows, shared by all the linears that read the same tensor object."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors: tuple[Tensor, ...] | None = tensors
+
+    def release(self) -> None:
+        """Forget the tensors: a reader's backward has begun, so every reader has saved them by now."""
+        self.tensors = None
+
+
+_Key = tuple[KeepRows, torch.dtype, bool, int]
+_samples: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def sample_of(x: Tensor, keep: KeepRows, seed: Tensor, dtype: torch.dtype, *, noted: bool) -> Sample:
+    """The sample of the tensor object x (..., D): a sibling's from the same conditions, or a new one by `seed`."""
+    key = (keep, dtype, noted, x._version)
+    hook = top_hook()
+    found: tuple[_Key, Hook | None, Sample] | None = _samples.get(x)
+    if found is not None and found[0] == key and same_hook(found[1], hook) and found[2].tensors is not None:
+        return found[2]
+    with torch.no_grad():
+        sample = Sample(draw_sample(x.detach().reshape(-1, x.shape[-1]), keep, seed, dtype, noted=noted))
+    _samples[x] = (key, hook, sample)
+    return sample

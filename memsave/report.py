@@ -1,0 +1,172 @@
+"""What a conversion did, or would do: a table to read and data to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from os.path import commonprefix
+from typing import Any, NoReturn
+
+from torch import nn
+
+from .config import MethodConfig
+from .errors import NotAModelError
+
+_NOT_A_MODEL = (
+    "this is a memsave Report, not the model: convert_model works in place; do not assign its result to the model "
+    "(write `memsave.convert_model(model)` and go on using `model`)"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A group of modules that one method converted (or would convert, or had converted already)."""
+
+    method: str
+    modules: str
+    count: int
+    kind: str
+    backend: str
+    guarantee: str
+    config: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A group of modules that were left as they are, why, and their share of the model's parameter bytes."""
+
+    modules: str
+    count: int
+    kind: str
+    reason: str
+    share: float
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `convert_model` or `restore_model` did. `print(report)` shows a table; it is not the model.
+
+    Attributes:
+        action: "converted", "would convert" (dry run), "restored".
+        rows: the groups of modules that the action is about.
+        already: groups that were in that state before; nothing was done to them.
+        skipped: groups that hold parameters and were left as they are.
+        devices: the devices of the parameters.
+    """
+
+    action: str
+    rows: tuple[Row, ...] = ()
+    already: tuple[Row, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    devices: tuple[str, ...] = field(default=())
+
+    @property
+    def count(self) -> int:
+        """How many modules the action is about."""
+        return len({name for row in self.rows for name in row.names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self) | {"count": self.count}
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        where = f" on {', '.join(self.devices)}" if len(self.devices) > 1 else ""
+        lines = [f"memsave: {self.count} modules {self.action}{where}"]
+        cells = [(r.method, r.modules, f"x{r.count}", r.kind, r.backend, r.guarantee) for r in self.rows]
+        cells += [
+            (r.method, r.modules, f"x{r.count}", r.kind, r.backend, f"{r.guarantee}, already") for r in self.already
+        ]
+        lines += _aligned(cells)
+        if self.skipped:
+            lines.append("left as they are (share of the parameter bytes):")
+            lines += _aligned([(f"{s.share:.1%}", s.modules, f"x{s.count}", s.kind, s.reason) for s in self.skipped])
+        return "\n".join(lines)
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise NotAModelError(_NOT_A_MODEL)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in _MODEL_NAMES:
+            raise NotAModelError(_NOT_A_MODEL)
+        raise AttributeError(f"Report has no attribute {name!r}")
+
+
+_MODEL_NAMES = {name for name in dir(nn.Module) if not name.startswith("_")} | {
+    *("config", "device", "dtype", "generate", "save_pretrained", "training")
+}
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def pattern(names: Sequence[str]) -> str:
+    """One short pattern for names that differ in numbers and in the last part: `layers.{0-3,7}.mlp.{up,down}_proj`."""
+    if set(names) == {""}:
+        return "(the model)"
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(_collapsed(list(dict.fromkeys(column))) for column in columns)
+
+
+def _collapsed(parts: list[str]) -> str:
+    if len(parts) == 1:
+        return parts[0]
+    if not all(map(_is_number, parts)):
+        head, tail = commonprefix(parts), commonprefix([part[::-1] for part in parts])[::-1]
+        tail = tail[max(0, len(head) + len(tail) - min(map(len, parts))) :]
+        return head + "{" + ",".join(part[len(head) : len(part) - len(tail)] for part in parts) + "}" + tail
+    runs: list[list[int]] = []
+    for n in sorted(map(int, parts)):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
+
+
+def _is_number(part: str) -> bool:
+    """Whether `part` is a number as PyTorch writes one: not "007", and not in the digits of other scripts."""
+    return part.isdecimal() and part.isascii() and part == str(int(part))
+
+
+def groups(names: Iterable[tuple[Hashable, str]]) -> Iterator[tuple[Any, list[str]]]:
+    """Group (key, qualified name) pairs by key and shape of the name; join groups that differ in the last part only."""
+    by_shape: dict[tuple[Any, str], list[str]] = {}
+    for key, name in names:
+        shape = ".".join("#" if _is_number(part) else part for part in name.split("."))
+        by_shape.setdefault((key, shape), []).append(name)
+    joined: dict[tuple[Any, tuple[str, ...]], list[str]] = {}
+    for (key, _), found in by_shape.items():
+        joined.setdefault((key, tuple(name.rpartition(".")[0] for name in found)), []).extend(found)
+    for (key, _), found in joined.items():
+        yield key, found
+
+
+def group_rows(converted: Iterable[tuple[str, nn.Module, MethodConfig]], kinds: dict[int, str]) -> tuple[Row, ...]:
+    """Rows for (qualified name, module, config) triples; `kinds` holds the class name of each module by id."""
+    keys = (
+        ((c.name, kinds[id(module)], c.backend(module), str(c.guarantee), str(c)), name)
+        for name, module, c in converted
+    )
+    return tuple(
+        Row(method, pattern(names), len(names), kind, backend, guarantee, config, tuple(names))
+        for (method, kind, backend, guarantee, config), names in groups(keys)
+    )
+
+
+def group_skips(skipped: Sequence[tuple[str, str, str, float]]) -> tuple[Skip, ...]:
+    """Rows for (qualified name, class name, reason, share) of what was left, largest share first."""
+    shares = {name: share for name, _, _, share in skipped}
+    rows = [
+        Skip(pattern(names), len(names), kind, reason, sum(shares[name] for name in names), tuple(names))
+        for (kind, reason), names in groups(((kind, reason), name) for name, kind, reason, _ in skipped)
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.share))

@@ -1,0 +1,151 @@
+"""The case table of the methods: every row drives `tests/test_methods.py`, and every method must have a row.
+
+x is (..., D) with N rows; linears map D = `WIDTH` to O = `OUT`. Modules are made from a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memsave import MethodConfig, RecomputeNormConfig, WTACRSConfig
+
+from ..trees import HFRMSNorm
+
+WIDTH, OUT = 8, 6
+SHAPE = (3, 40, WIDTH)
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """One module under one or several methods.
+
+    Attributes:
+        name: what is special about this row.
+        make: builds the plain module.
+        configs: the methods; the table's completeness is judged by their names.
+        shape: of the input.
+        gradients: "exact", or "sampled" where the weight's gradient is an estimate.
+        precision: the widest dtype that the plain module computes in.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    configs: tuple[MethodConfig, ...]
+    shape: tuple[int, ...] = SHAPE
+    gradients: str = "exact"
+    precision: torch.dtype = torch.float64
+
+    @property
+    def id(self) -> str:
+        return "+".join(config.name for config in self.configs) + "-" + self.name
+
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The module as it was, with random weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = self.make()
+            for parameter in module.parameters():
+                nn.init.normal_(parameter)
+        return module.to(dtype)
+
+    def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A fixed random input that requires grad; rows differ in length by orders of magnitude."""
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(self.shape, generator=generator) * torch.randn(*self.shape[:-1], 1, generator=generator).exp()
+        return x.to(dtype).requires_grad_()
+
+
+@dataclass(frozen=True)
+class NotedCase:
+    """A norm and the linears that read its output, all converted: the linears keep nothing, or only which rows.
+
+    Attributes:
+        copies: how many elements per feature the note copies (weight, bias).
+        precision: the widest dtype that the plain modules compute in.
+    """
+
+    name: str
+    norm: Callable[[], nn.Module]
+    configs: tuple[MethodConfig, ...]
+    copies: int
+    linears: Sequence[Callable[[], nn.Module]] = (lambda: nn.Linear(WIDTH, OUT),)
+    precision: torch.dtype = torch.float64
+
+
+class OnePlusRMSNorm(HFRMSNorm):
+    """Gemma's: the weight is one plus the parameter, applied before the cast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * (1.0 + self.weight.float())).type_as(x)
+
+
+def conv1d() -> nn.Module:
+    """GPT-2's linear, whose weight is (D, O)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(OUT, WIDTH)
+
+
+def linear() -> nn.Module:
+    return nn.Linear(WIDTH, OUT)
+
+
+def frozen() -> nn.Module:
+    module = nn.Linear(WIDTH, OUT)
+    module.weight.requires_grad_(False)
+    return module
+
+
+def sampled(**settings: Any) -> WTACRSConfig:
+    return WTACRSConfig(**{"target_modules": r".*", "keep_ratio": 0.25, "min_rows": 1, **settings})
+
+
+EXACT = (RecomputeNormConfig(),)
+BOTH = (RecomputeNormConfig(), sampled())
+
+CASES = [
+    MethodCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT),
+    MethodCase("rms_norm_eps", lambda: nn.RMSNorm(WIDTH, eps=1e-3), EXACT),
+    MethodCase("rms_norm_without_weight", lambda: nn.RMSNorm(WIDTH, elementwise_affine=False), EXACT),
+    MethodCase("hf_rms_norm", lambda: HFRMSNorm(WIDTH), EXACT, precision=torch.float32),
+    MethodCase("one_plus_rms_norm", lambda: OnePlusRMSNorm(WIDTH), EXACT, precision=torch.float32),
+    MethodCase("layer_norm", lambda: nn.LayerNorm(WIDTH), EXACT),
+    MethodCase("layer_norm_without_bias", lambda: nn.LayerNorm(WIDTH, bias=False), EXACT),
+    MethodCase("layer_norm_without_weight", lambda: nn.LayerNorm(WIDTH, elementwise_affine=False), EXACT),
+    MethodCase("linear", linear, EXACT),
+    MethodCase("linear_without_bias", lambda: nn.Linear(WIDTH, OUT, bias=False), EXACT),
+    MethodCase("conv1d", conv1d, EXACT),
+    MethodCase("one_row", linear, EXACT, shape=(WIDTH,)),
+    MethodCase("pps", linear, (sampled(),), gradients="sampled"),
+    MethodCase("wta_crs", linear, (sampled(estimator="wta_crs"),), gradients="sampled"),
+    MethodCase("crs", linear, (sampled(estimator="crs"),), gradients="sampled"),
+    MethodCase("without_bias", lambda: nn.Linear(WIDTH, OUT, bias=False), (sampled(),), gradients="sampled"),
+    MethodCase("conv1d", conv1d, (sampled(),), gradients="sampled"),
+    MethodCase("matrix", linear, (sampled(),), shape=(64, WIDTH), gradients="sampled"),
+    MethodCase("four_dimensions", linear, (sampled(),), shape=(2, 4, 5, WIDTH), gradients="sampled"),
+    MethodCase("default_min_rows", linear, (sampled(keep_ratio=0.01, min_rows=16),), gradients="sampled"),
+    MethodCase("fewer_rows_than_min_rows", linear, (sampled(min_rows=200),)),
+    MethodCase("ratio_one", linear, (sampled(keep_ratio=1),)),
+    MethodCase("frozen", frozen, (sampled(),)),
+    MethodCase("linear", linear, BOTH, gradients="sampled"),
+]
+
+NOTED_CASES = [
+    NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT, copies=1),
+    NotedCase("rms_norm_without_weight", lambda: nn.RMSNorm(WIDTH, elementwise_affine=False), EXACT, copies=0),
+    NotedCase("hf_rms_norm", lambda: HFRMSNorm(WIDTH), EXACT, copies=1, precision=torch.float32),
+    NotedCase("layer_norm", lambda: nn.LayerNorm(WIDTH), EXACT, copies=2),
+    NotedCase("layer_norm_without_bias", lambda: nn.LayerNorm(WIDTH, bias=False), EXACT, copies=1),
+    NotedCase("conv1d", lambda: nn.LayerNorm(WIDTH), EXACT, copies=2, linears=(conv1d,)),
+    NotedCase("three_linears", lambda: nn.RMSNorm(WIDTH), EXACT, copies=1, linears=(linear, linear, linear)),
+    NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1),
+    NotedCase("layer_norm", lambda: nn.LayerNorm(WIDTH), BOTH, copies=2),
+    NotedCase("three_linears", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1, linears=(linear, linear, linear)),
+]

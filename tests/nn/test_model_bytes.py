@@ -1,0 +1,62 @@
+"""What a whole model keeps for backward, per token and layer: only whole models count, since neighbours share tensors.
+
+d hidden size, f intermediate size, h heads. Plain Llama in fp32: 10d + 4f + h + 2 elements, of which each of the two
+norms keeps its input, xhat and its output. Which of them remain is the point; SDPA's part depends on device and torch
+version.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import memsave
+
+transformers = pytest.importorskip("transformers", reason="the models come from transformers (extra: hf)")
+
+D, F, HEADS, TOKENS = 32, 88, 4, 2 * 24
+
+
+def kept_bytes(model: torch.nn.Module) -> int:
+    ids = torch.arange(TOKENS).view(2, -1) % 50
+    return memsave.saved_bytes(lambda: model(input_ids=ids, labels=ids).loss)
+
+
+def kept_per_layer(*configs: memsave.MethodConfig, dtype: torch.dtype = torch.float32) -> float:
+    """Bytes per token that one more layer keeps; `configs` None means the plain model."""
+    totals = []
+    for layers in (2, 3):
+        config = transformers.LlamaConfig(
+            vocab_size=50, hidden_size=D, intermediate_size=F, num_hidden_layers=layers, num_attention_heads=HEADS
+        )
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).to(dtype)
+        for method in configs:
+            memsave.convert_model(model, method)
+        totals.append(kept_bytes(model))
+    return (totals[1] - totals[0]) / TOKENS
+
+
+def test_a_llama_layer_keeps_no_norm_output() -> None:
+    plain, ours = kept_per_layer(), kept_per_layer(memsave.RecomputeNormConfig())
+    copies_of_weights = 2 * D / TOKENS
+    assert plain >= 4 * (10 * D + 4 * F + HEADS)
+    assert ours <= 4 * (6 * D + 4 * F + HEADS + 2 + copies_of_weights)
+
+
+def test_a_bf16_llama_layer_keeps_nothing_upcast() -> None:
+    plain = kept_per_layer(dtype=torch.bfloat16)
+    ours = kept_per_layer(memsave.RecomputeNormConfig(), dtype=torch.bfloat16)
+    assert plain >= 2 * (12 * D + 4 * F)
+    assert ours <= 2 * (6 * D + 4 * F + 2 * HEADS + 4 + 2 * D / TOKENS)
+
+
+def test_sampling_keeps_rows_of_what_no_norm_made_and_no_rows_of_what_one_made() -> None:
+    """Of the inputs of the seven linears only down_proj's is not kept by a neighbour: sampling thins that one out."""
+    exact = memsave.RecomputeNormConfig()
+    sampled = memsave.WTACRSConfig(keep_ratio=0.25, min_rows=1, target_modules=r".*_proj")
+    saved = kept_per_layer(exact) - kept_per_layer(exact, sampled)
+    rows = 0.25
+    draws = 4 * 8 * rows + 4 * (3 * D + F) / TOKENS  # q/k/v, o, gate/up, down: index and scale of each row, poison
+    added_for_o_proj = 4 * D * rows  # its input stays with SDPA, too
+    assert saved >= 4 * F * (1 - rows) - draws - added_for_o_proj - 1e-9

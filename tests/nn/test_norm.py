@@ -1,0 +1,194 @@
+"""Converted norms compute what the original ones do, in every family, dtype and mixture, and keep nothing upcast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import memsave
+from memsave.nn.norm import Style, rms_norm_style
+
+from .helpers import HFStyleRMSNorm, assert_same, converted, gradients
+
+
+class ScaleThenCastRMSNorm(HFStyleRMSNorm):
+    """Rounds once, after the weight, as OLMo 2 does."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * wide).to(hidden_states.dtype)
+
+
+class OnePlusRMSNorm(HFStyleRMSNorm):
+    """The weight is an offset from one, as in Gemma."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * (1.0 + self.weight.float())).type_as(hidden_states)
+
+
+class PowRMSNorm(HFStyleRMSNorm):
+    """Another spelling of the same formula, with its own last bit."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        wide = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon, -0.5)
+        return (self.weight.float() * wide).to(hidden_states.dtype)
+
+
+class WeightlessRMSNorm(nn.Module):
+    eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class GatedRMSNorm(HFStyleRMSNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states) * gate
+
+
+class CenteredRMSNorm(HFStyleRMSNorm):
+    """Only named like an RMSNorm."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+STYLES = {
+    HFStyleRMSNorm: Style.CAST_THEN_SCALE,
+    ScaleThenCastRMSNorm: Style.SCALE_THEN_CAST,
+    PowRMSNorm: Style.SCALE_THEN_CAST,
+    OnePlusRMSNorm: Style.ONE_PLUS,
+}
+WIDTH = 48
+
+
+def make(cls: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    module = cls() if cls is WeightlessRMSNorm else cls(WIDTH)
+    for p in module.parameters():
+        nn.init.normal_(p)
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", STYLES)
+def test_style_is_recognized_by_what_the_forward_computes(cls: type[nn.Module], dtype: torch.dtype) -> None:
+    assert rms_norm_style(make(cls, dtype)) is STYLES[cls]
+    assert rms_norm_style(make(cls, dtype).to("meta")) is STYLES[cls]
+
+
+def test_recognizing_a_style_leaves_the_random_state_alone() -> None:
+    module = OnePlusRMSNorm(WIDTH + 1)
+    before = torch.get_rng_state()
+    rms_norm_style(module)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("cls", [GatedRMSNorm, CenteredRMSNorm])
+def test_a_forward_of_another_kind_is_left_alone_and_named(cls: type[nn.Module]) -> None:
+    model = nn.Sequential(make(cls), nn.Linear(WIDTH, 2))
+    report = memsave.convert_model(model)
+    assert type(model[0]) is cls
+    assert [s.reason for s in report.skipped] == [f"the forward of {cls.__name__} agrees with no known RMSNorm formula"]
+
+
+def mixtures() -> list[tuple[type[nn.Module], torch.dtype, torch.dtype]]:
+    half, single = torch.bfloat16, torch.float32
+    families = [*STYLES, WeightlessRMSNorm, nn.RMSNorm, nn.LayerNorm]
+    pairs = [(single, single), (half, half), (single, half)]
+    return [(cls, w, x) for cls in families for w, x in pairs if not (cls is nn.LayerNorm and w != x)]
+
+
+def oracle(module: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The gradients in fp64, for the same upstream gradient (rounded to `dtype`)."""
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    eps = next(e for name in ("variance_epsilon", "eps") if (e := getattr(module, name, 0)) != 0)
+    leaves = [t.detach().double().requires_grad_(True) for t in (x, weight, bias) if t is not None]
+    centered = leaves[0] - leaves[0].mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else leaves[0]
+    y = centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + (eps or torch.finfo(torch.float32).eps))
+    if weight is not None:
+        y = y * (leaves[1] + (isinstance(module, OnePlusRMSNorm)))
+    if bias is not None:
+        y = y + leaves[2]
+    return list(torch.autograd.grad(y, leaves, torch.linspace(-1, 2, y.numel(), dtype=dtype).view_as(y).double()))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize(("cls", "weight_dtype", "dtype"), mixtures())
+def test_forward_and_gradients(
+    cls: type[nn.Module], weight_dtype: torch.dtype, dtype: torch.dtype, autocast: bool
+) -> None:
+    """The output is equal bit for bit (but for `pow`'s last bit); the gradients' errors are those of the original."""
+    plain = make(cls, weight_dtype)
+    model = converted(nn.Sequential(plain, nn.Linear(WIDTH, 4)))
+    ours = model[0]
+    assert type(ours) is not type(plain)
+    x = (torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(3)) * 2).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, expected = ours(x.requires_grad_(True)), plain(x)
+        assert y.dtype == expected.dtype
+        if cls is not PowRMSNorm:
+            assert torch.equal(y, expected)
+        actual, wanted = gradients(ours, ours, x), gradients(plain, plain, x)
+    for a, w, e in zip(actual, wanted, oracle(plain, x, y.dtype), strict=True):
+        assert a.dtype == w.dtype
+        band = torch.finfo(a.dtype).eps * e.abs().max()
+        assert (a.double() - e).abs().max() <= 2 * ((w.double() - e).abs().max() + band)
+
+
+@pytest.mark.parametrize("cls", [nn.RMSNorm, nn.LayerNorm])
+def test_gradcheck(cls: type[nn.Module]) -> None:
+    model = converted(nn.Sequential(cls(6), nn.Linear(6, 3), nn.Linear(3, 2)).double())
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    parameters = list(model.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *parameters))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    width=st.integers(1, 9),
+    cls=st.sampled_from([nn.RMSNorm, nn.LayerNorm, HFStyleRMSNorm]),
+    contiguous=st.booleans(),
+)
+def test_any_shape_and_stride(shape: list[int], width: int, cls: type[nn.Module], contiguous: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(cls(width), nn.Linear(width, 3))
+    ours = converted(plain)
+    x = torch.randn(*shape, width)
+    if not contiguous and x.dim() > 1:
+        x = torch.randn(*shape, width).transpose(0, -2).contiguous().transpose(0, -2)
+    actual, expected = gradients(ours, ours, x), gradients(plain, plain, x)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", [*STYLES, nn.RMSNorm, nn.LayerNorm])
+def test_kept_bytes(cls: type[nn.Module], dtype: torch.dtype) -> None:
+    """x in its own dtype, and one fp32 statistic per row (LayerNorm: two, on the CPU in x's dtype)."""
+    plain = make(cls, dtype)
+    ours = converted(nn.Sequential(plain, nn.Linear(WIDTH, 4, dtype=dtype)))[0]
+    x = torch.randn(3, 5, WIDTH, dtype=dtype, requires_grad=True)
+    expected = 15 * WIDTH * dtype.itemsize + 15 * (2 * dtype.itemsize if cls is nn.LayerNorm else 4)
+    assert ours.kept_bytes((3, 5, WIDTH), dtype) == expected
+    assert memsave.saved_bytes(lambda: ours(x)) == expected
+    assert memsave.saved_bytes(lambda: plain(x)) >= expected
+
+
+def test_eps_and_weight_dtype_may_change_after_conversion() -> None:
+    model = converted(nn.Sequential(make(HFStyleRMSNorm), nn.Linear(WIDTH, 4)))
+    plain = make(HFStyleRMSNorm)
+    for norm in (model[0], plain):
+        norm.variance_epsilon = 0.5
+        norm.bfloat16()
+    x = torch.randn(7, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    assert torch.equal(model[0](x), plain(x))
+    assert_same(gradients(model[0], model[0], x), gradients(plain, plain, x), ulps=4)

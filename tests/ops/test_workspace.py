@@ -1,0 +1,74 @@
+"""The bytes that an op declares to allocate inside itself are those that it allocates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from memsave import ops
+from memsave.ops import _native
+from tests.cases.ops import FLOATS, inclusion, log_normal, matrix, row_indices, scales, seed, short
+from tests.ops.allocations import peak_inside_bytes
+
+BACKENDS = ["reference"] + ["native"] * (_native.library() is not None)
+
+
+def calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {"new_seed": ("new_seed", (torch.ones(3),))}
+    for n, k in [(10, 9), (1000, 300), (20_000, 17_000)]:
+        found[f"row_inclusion-{n}-{k}"] = "row_inclusion", (log_normal(n), k)
+        found[f"draw_rows-{n}-{k}"] = "draw_rows", (inclusion(n, k), k, seed(1))
+        found[f"crs-{n}-{k}"] = "draw_winners", (log_normal(n), k, seed(1), False)
+        found[f"wta_crs-{n}-{k}"] = "draw_winners", (log_normal(n), k, seed(1), True)
+    for dtype in FLOATS:
+        x, rows, scale = matrix(400, 96, dtype), row_indices(400, 100), scales(100)
+        found[f"gather_rows-{short(dtype)}"] = "gather_rows", (x, rows, scale)
+        found[f"gather_rows-plain-{short(dtype)}"] = "gather_rows", (x, rows, None)
+        found[f"gather_rows-transposed-{short(dtype)}"] = "gather_rows", (x.t(), row_indices(96, 30), scales(30))
+        if dtype != torch.bfloat16:  # there torch's own product allocates too, as much as suits the CPU
+            for d in (8, 300):
+                found[f"sampled_matmul-{d}-{short(dtype)}"] = "sampled_matmul", (x, matrix(100, d, dtype), rows, scale)
+    return found
+
+
+CALLS = calls()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_declared_bytes_are_those_that_the_profiler_sees(name: str, backend: str) -> None:
+    op, args = CALLS[name]
+    with ops.use_backend(backend):
+        getattr(ops, op)(*args)  # what is allocated once only
+        seen = peak_inside_bytes(lambda: getattr(ops, op)(*args))
+        declared = ops.workspace_bytes(op, args)
+    # Another version of torch may allocate a scalar more.
+    assert abs(declared - seen) <= 64, f"declared {declared}, seen {seen}"
+
+
+def test_overloads_names_keywords_and_fake_tensors() -> None:
+    x, rows, scale = matrix(40, 8), row_indices(40, 10), scales(10)
+    with ops.use_reference():
+        expected = 10 * 8 * 4
+        for func in (torch.ops.memsave.gather_rows.default, "memsave::gather_rows", "gather_rows"):
+            assert ops.workspace_bytes(func, (x, rows, scale)) == expected
+        assert ops.workspace_bytes("gather_rows", (x,), {"scale": scale, "rows": rows}) == expected
+        meta = [tensor.to("meta") for tensor in (x, rows, scale)]
+        assert ops.workspace_bytes("gather_rows", meta) == expected
+
+
+def test_other_ops_have_none() -> None:
+    assert ops.workspace_bytes(torch.ops.aten.mm.default, (matrix(3, 3), matrix(3, 3))) == 0
+    assert ops.workspace_bytes("aten::mm", (matrix(3, 3), matrix(3, 3))) == 0
+    assert ops.workspace_bytes("unknown", ()) == 0
+
+
+@pytest.mark.skipif(_native.library() is None, reason=f"no C++ kernels: {_native.state()}")
+def test_the_kernels_allocate_less_than_plain_pytorch() -> None:
+    for name in ("row_inclusion-1000-300", "draw_rows-1000-300", "gather_rows-bfloat16"):
+        op, args = CALLS[name]
+        native = ops.workspace_bytes(op, args)
+        with ops.use_reference():
+            assert native < ops.workspace_bytes(op, args) / 4

@@ -1,0 +1,429 @@
+"""convert_model: what is chosen, what is refused and in which words, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import memsave
+from memsave import (
+    ConflictError,
+    ConversionError,
+    NoMatchError,
+    RecomputeNormConfig,
+    UnsupportedModelError,
+    WTACRSConfig,
+    convert_model,
+)
+from memsave.convert import applied_configs
+
+from .snapshot import snapshot
+from .toys import (
+    ToyAdapterConfig,
+    ToyKeepCrsConfig,
+    ToyKeepPpsAgainConfig,
+    ToyKeepPpsConfig,
+    ToyLowRankConfig,
+    ToyRootConfig,
+)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), with the names that transformers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(4, 8)
+        self.act = nn.SiLU()
+        self.down_proj = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+def make() -> Any:
+    """0: a norm, 1 and 2: MLPs."""
+    return nn.Sequential(nn.LayerNorm(4), MLP(), MLP())
+
+
+def wta(targets: Any = r".*", **settings: Any) -> WTACRSConfig:
+    return WTACRSConfig(target_modules=targets, **settings)
+
+
+def converted(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if applied_configs(module)]
+
+
+@pytest.fixture
+def unchanged() -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """Remembers models; at the end of the test each must be as it was."""
+    seen: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def remember(model: nn.Module) -> nn.Module:
+        seen.append((model, snapshot(model)))
+        return model
+
+    yield remember
+    assert seen
+    for model, before in seen:
+        assert snapshot(model) == before
+
+
+Unchanged = Callable[[nn.Module], nn.Module]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (r".*", ["1.up_proj", "1.down_proj", "2.up_proj", "2.down_proj"]),
+        (r".*\.(up|down)_proj", ["1.up_proj", "1.down_proj", "2.up_proj", "2.down_proj"]),
+        (r"2\..*", ["2.up_proj", "2.down_proj"]),
+        (["up_proj"], ["1.up_proj", "2.up_proj"]),
+        (["1.up_proj", "2.down_proj"], ["1.up_proj", "2.down_proj"]),
+        (("down_proj",), ["1.down_proj", "2.down_proj"]),
+    ],
+)
+def test_a_string_must_match_the_whole_name_and_a_list_its_end(targets: Any, expected: list[str]) -> None:
+    model = make()
+    convert_model(model, wta(targets))
+    assert converted(model) == expected
+
+
+def test_a_suffix_begins_at_a_dot() -> None:
+    model = nn.Sequential(nn.ModuleDict({"proj": nn.Linear(2, 2), "up_proj": nn.Linear(2, 2)}))
+    convert_model(model, wta(["proj"]))
+    assert converted(model) == ["0.proj"]
+
+
+@pytest.mark.parametrize("excluded", [["down_proj"], r".*\.down_proj", ["1.down_proj", "2.down_proj"]])
+def test_exclusion_wins(excluded: Any) -> None:
+    model = make()
+    report = convert_model(model, wta(exclude_modules=excluded))
+    assert converted(model) == ["1.up_proj", "2.up_proj"]
+    skipped = {s.modules: s.reason for s in report.skipped}
+    assert skipped["{1-2}.down_proj"] == "excluded from wta_crs"
+
+
+def test_any_of_its_names_may_target_or_exclude_a_shared_module() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.ModuleDict({"a": shared}), nn.ModuleDict({"b": shared, "c": nn.Linear(4, 4)}))
+    convert_model(model, wta(["b"]))
+    assert applied_configs(shared)
+    memsave.restore_model(model)
+    convert_model(model, wta(exclude_modules=["b"]))
+    assert converted(model) == ["1.c"]
+
+
+def test_without_configs_only_exact_default_methods_are_applied() -> None:
+    model = make()
+    report = convert_model(model)
+    assert {row.method for row in report.rows} == {"recompute_norm"}
+    assert {row.guarantee for row in report.rows} == {"exact"}
+    assert report.count == 5
+
+
+def test_classes_say_what_they_were() -> None:
+    model = make()
+    convert_model(model)
+    assert isinstance(model[0], nn.LayerNorm) and "LayerNorm" in type(model[0]).__name__
+    assert isinstance(model[1].up_proj, nn.Linear)
+    assert type(model) is nn.Sequential and type(model[1]) is MLP
+
+
+def test_a_method_of_model_scope_gets_the_root_and_is_found_again() -> None:
+    model = make()
+    assert [row.modules for row in convert_model(model, ToyRootConfig()).rows] == ["(the model)"]
+    assert applied_configs(model) == {"toy_root": ToyRootConfig()}
+    again = convert_model(model, ToyRootConfig())
+    assert again.rows == () and len(again.already) == 1
+    with pytest.raises(ConflictError, match="every=2.*was asked for, but it is converted by.*restore that one first"):
+        convert_model(model, ToyRootConfig(every=2))
+
+
+def test_equal_configs_count_once() -> None:
+    report = convert_model(make(), [wta(), wta()])
+    assert report.count == 4 and report.already == ()
+
+
+def test_several_devices_are_converted_and_named() -> None:
+    model = make()
+    model[2].to("meta")
+    report = convert_model(model)
+    assert report.devices == ("cpu", "meta")
+    assert "5 modules converted on cpu, meta" in str(report)
+    assert "on cpu" not in str(convert_model(make()))
+
+
+REFUSED_TARGETS = [
+    (["up_porj"], r"target_modules: 'up_porj' matches no module \(did you mean 'up_proj'\?\)"),
+    (r".*\.up_porj", r"matches no module \(did you mean 'up_proj'\?\)"),
+    (["up_proj", "router"], r"target_modules: 'router' matches no module\. wta_crs can convert: up_proj x2, down_proj"),
+    ("up_proj", r"'up_proj' matches no module \(a string is a regular expression for the whole name; did you mean \["),
+    (["roj"], "'roj' matches no module"),
+    (["0"], r"'0' matches only modules that wta_crs does not convert \(LayerNorm\)"),
+    (r"1(\.act)?", r"matches only modules that wta_crs does not convert \(MLP, SiLU\)"),
+]
+
+
+@pytest.mark.parametrize(("targets", "message"), REFUSED_TARGETS, ids=[str(t) for t, _ in REFUSED_TARGETS])
+def test_a_target_that_leads_to_nothing_is_an_error(targets: Any, message: str, unchanged: Unchanged) -> None:
+    with pytest.raises(NoMatchError, match=message) as caught:
+        convert_model(unchanged(make()), wta(targets))
+    assert str(caught.value).endswith("The model was not changed.")
+
+
+def test_excluding_every_match_is_an_error_that_says_so(unchanged: Unchanged) -> None:
+    with pytest.raises(NoMatchError, match="'up_proj' matches only what cannot be converted .every match is excluded"):
+        convert_model(unchanged(make()), wta(["up_proj"], exclude_modules=r".*"))
+
+
+def test_a_model_with_nothing_to_convert_is_an_error(unchanged: Unchanged) -> None:
+    with pytest.raises(NoMatchError, match="the model has no module that recompute_norm can convert. The model"):
+        convert_model(unchanged(nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 1))))
+
+
+@pytest.mark.parametrize("config", [None, wta()])
+def test_the_model_itself_is_never_converted(config: Any, unchanged: Unchanged) -> None:
+    with pytest.raises(NoMatchError, match="it is the model itself, whose class never changes; put it in a container"):
+        convert_model(unchanged(nn.Linear(3, 3)), config)
+
+
+def own_forward(model: Any) -> None:
+    model[1].up_proj.forward = lambda x: x
+
+
+def parametrized(model: Any) -> None:
+    parametrize.register_parametrization(model[1].up_proj, "weight", nn.Identity())
+
+
+def compiled(model: Any) -> None:
+    model[1].up_proj.compile()
+
+
+def lazy(model: Any) -> None:
+    model[1].up_proj = nn.LazyLinear(4)
+
+
+REFUSED_MODULES = [
+    (own_forward, "its forward was replaced on the instance, which would bypass the new class"),
+    (parametrized, "it is parametrized (torch.nn.utils.parametrize), which swaps its class too"),
+    (compiled, "it was compiled in place by module.compile(); convert first, compile afterwards"),
+    (lazy, "its parameters are made by its first forward, which changes its class; run the model once first"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), REFUSED_MODULES, ids=[f.__name__ for f, _ in REFUSED_MODULES])
+@pytest.mark.parametrize("method", [RecomputeNormConfig, WTACRSConfig])
+def test_a_module_that_would_lose_something_is_refused(
+    spoil: Callable[[Any], None], reason: str, method: type[Any], unchanged: Unchanged
+) -> None:
+    model = make()
+    spoil(model)
+    with pytest.raises(NoMatchError, match=re.escape(f"only what cannot be converted (1.up_proj: {reason})")):
+        convert_model(unchanged(model), method(target_modules=["1.up_proj"]))
+
+
+@pytest.mark.parametrize(("spoil", "reason"), REFUSED_MODULES, ids=[f.__name__ for f, _ in REFUSED_MODULES])
+def test_the_rest_of_the_model_is_converted_and_the_report_names_what_is_not(
+    spoil: Callable[[Any], None], reason: str
+) -> None:
+    model = make()
+    spoil(model)
+    report = convert_model(model)
+    assert converted(model) == ["0", "1.down_proj", "2.up_proj", "2.down_proj"]
+    (skip,) = (s for s in report.skipped if s.modules == "1.up_proj")
+    assert skip.count == 1 and skip.reason == reason
+
+
+def test_complex_weights_cannot_be_sampled(unchanged: Unchanged) -> None:
+    model = make()
+    model[1].up_proj = nn.Linear(4, 8, dtype=torch.complex64)
+    with pytest.raises(NoMatchError, match="1.up_proj: its weight is complex; rows are sampled for real weights only"):
+        convert_model(unchanged(model), wta(["1.up_proj"]))
+
+
+def test_layers_with_a_forward_of_their_own_are_left_alone() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class DoubledNorm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubled(4, 4), DoubledNorm(4), nn.Linear(4, 4))
+    report = convert_model(model)
+    assert converted(model) == ["2"]
+    reasons = {s.kind: s.reason for s in report.skipped}
+    assert reasons["DoubledNorm"] == "DoubledNorm has a forward of its own"
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Has the name of torch's wrapper, which needs a process group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class FSDPModule:
+    """Has the name of the mixin that `fully_shard` gives to a module."""
+
+
+class DistributedDataParallel(FullyShardedDataParallel):
+    """Has the name of torch's wrapper, which needs a process group."""
+
+
+def fully_shard(model: nn.Module) -> nn.Module:
+    model.__class__ = type("FSDPSequential", (FSDPModule, type(model)), {})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, "wrapped in DataParallel: convert or restore the model before wrapping it"),
+        (DistributedDataParallel, "wrapped in DistributedDataParallel: convert or restore the model before wrapping"),
+        (FullyShardedDataParallel, "wrapped in FullyShardedDataParallel: convert or restore the model before wrapping"),
+        (fully_shard, "wrapped in FSDPModule: convert or restore the model before fully_shard"),
+        (torch.compile, "wrapped in OptimizedModule: convert or restore the model before torch.compile"),
+        (
+            lambda model: torch.jit.trace(model, torch.ones(1, 4)),
+            "wrapped in ScriptModule: a scripted module has no Python forward",
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", ["root", "child"])
+@pytest.mark.filterwarnings("ignore:`?torch.jit:DeprecationWarning")
+def test_wrapped_models_are_refused(wrap: Callable[[nn.Module], nn.Module], message: str, place: str) -> None:
+    inner = make()
+    model = wrap(inner) if place == "root" else nn.Sequential(wrap(inner), nn.Linear(4, 4))
+    classes = [type(m) for m in model.modules()]
+    for operation in (convert_model, memsave.restore_model):
+        with pytest.raises(UnsupportedModelError, match=message) as caught:
+            operation(model)
+        assert ("the model is" if place == "root" else "its submodule '0' is") in str(caught.value)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_real_ddp_is_refused(tmp_path: Any) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this PyTorch is built without gloo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(make())
+        with pytest.raises(UnsupportedModelError, match="wrapped in DistributedDataParallel"):
+            convert_model(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("model", "configs", "error", "message"),
+    [
+        ("gpt2", None, TypeError, "expected a torch.nn.Module, got str"),
+        (nn.Linear, None, TypeError, "expected a torch.nn.Module, got type"),
+        (make(), WTACRSConfig, TypeError, r"got <class '.*WTACRSConfig'> \(did you mean WTACRSConfig\(...\)\?\)"),
+        (make(), [wta(), "wta_crs"], TypeError, "expected method configs, got 'wta_crs'"),
+        (make(), "wta_crs", TypeError, "expected method configs"),
+        (make(), [], ValueError, r"expected at least one config, or None for the defaults; got \[\]"),
+    ],
+)
+def test_wrong_arguments_are_named(model: Any, configs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        convert_model(model, configs)
+
+
+def test_two_methods_that_set_a_part_differently_conflict(unchanged: Unchanged) -> None:
+    with pytest.raises(ConflictError) as caught:
+        convert_model(unchanged(make()), [ToyKeepPpsConfig(), ToyKeepCrsConfig(target_modules=["up_proj"])])
+    assert str(caught.value) == (
+        "{1-2}.up_proj: ToyKeepCrsConfig(target_modules=('up_proj',)) and ToyKeepPpsConfig() both set keep, "
+        "differently; leave one of them out. The model was not changed."
+    )
+
+
+def test_two_methods_that_set_a_part_alike_do_not_conflict() -> None:
+    model = make()
+    convert_model(model, [ToyKeepPpsConfig(), ToyKeepPpsAgainConfig()])
+    assert list(applied_configs(model[1].up_proj)) == ["toy_keep_pps", "toy_keep_pps_again"]
+
+
+@pytest.mark.parametrize("first", [ToyKeepPpsConfig(), wta(keep_ratio=0.5)])
+def test_conflicts_are_found_across_calls(first: memsave.MethodConfig) -> None:
+    model = make()
+    convert_model(model, first)
+    before = snapshot(model)
+    with pytest.raises(ConflictError, match="both set keep, differently"):
+        convert_model(model, ToyKeepCrsConfig())
+    assert snapshot(model) == before
+    memsave.restore_model(model)
+    assert convert_model(model, ToyKeepCrsConfig()).count == 4
+
+
+def test_other_settings_of_a_method_need_a_restore_first(unchanged: Unchanged) -> None:
+    model = make()
+    convert_model(model, wta(keep_ratio=0.5))
+    with pytest.raises(ConflictError, match=r"keep_ratio=0.4\) was asked for, but it is converted by .*keep_ratio=0.5"):
+        convert_model(unchanged(model), wta(keep_ratio=0.4))
+
+
+def test_the_exact_substrate_conflicts_with_nothing() -> None:
+    model = make()
+    convert_model(model, [RecomputeNormConfig(), wta()])
+    assert list(applied_configs(model[1].up_proj)) == ["recompute_norm", "wta_crs"]
+    assert list(applied_configs(model[0])) == ["recompute_norm"]
+
+
+def test_a_method_cannot_convert_what_another_just_replaced(unchanged: Unchanged) -> None:
+    adapted = ToyAdapterConfig(target_modules=["up_proj"])
+    with pytest.raises(ConflictError, match=r"ToyAdapterConfig\(.*\) replaces 1.up_proj, so RecomputeNormConfig.* can"):
+        convert_model(unchanged(make()), [adapted, RecomputeNormConfig()])
+
+
+def test_every_problem_is_raised_at_once(unchanged: Unchanged) -> None:
+    model = make()
+    convert_model(model, wta(["up_proj"]))
+    model.bell = 1
+    with pytest.raises(ConversionError) as caught:
+        convert_model(
+            unchanged(model),
+            [wta(["1.up_proj", "typo", "other_typo"]), ToyLowRankConfig(target_modules=["up_proj"]), ToyRootConfig()],
+        )
+    problems = caught.value.problems
+    assert {type(p) for p in problems} == {NoMatchError, ConflictError, UnsupportedModelError}
+    assert len(problems) >= 4
+    text = str(caught.value)
+    assert text.startswith(f"{len(problems)} problems; the model was not changed:\n  1. ")
+    assert all(word in text for word in ("'typo'", "'other_typo'", "it has a bell already", "was asked for"))
+
+
+def test_errors_can_be_told_apart_and_caught_as_value_errors() -> None:
+    for error in (NoMatchError, ConflictError, UnsupportedModelError, ConversionError, memsave.RestoreError):
+        assert issubclass(error, memsave.MemsaveError) and issubclass(error, ValueError)
+
+
+def test_a_model_compiled_in_place_is_compiled_anew() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8))
+    model.compile(backend="eager")
+    x = torch.randn(64, 8)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(x).sum().backward()
+        gradients.append(model[1].weight.grad.clone())
+        convert_model(model, wta(keep_ratio=0.1, min_rows=1))
+    assert not torch.allclose(gradients[0], gradients[1])
+
+
+def test_a_method_of_model_scope_must_return_the_model(unchanged: Unchanged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ToyRootConfig, "convert", lambda self, module: nn.Sequential(module))
+    with pytest.raises(TypeError, match="a method of model scope must return the model itself"):
+        convert_model(unchanged(make()), [wta(), ToyRootConfig()])

@@ -1,0 +1,149 @@
+"""Every Triton kernel against the reference, or against float64, on the rows of the case table.
+
+bfloat16 is left out: the interpreter gets it wrong without an error. `tests/triton/test_gpu.py` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memsave.ops.draw_rows.reference import permutation_keys
+from memsave.ops.philox import OFFSET_STREAM, row_words
+from tests.cases.ops import OpCase, assert_same, assert_within_budget, cases_of, matrix, row_indices, scales
+
+OPS = ("row_inclusion", "draw_rows", "gather_rows", "sampled_matmul")
+CASES = [case for case in cases_of(*OPS) if "bfloat16" not in case.name]
+
+
+def _sliced(k: int) -> OpCase:
+    def make() -> tuple[Any, ...]:
+        return matrix(1200, 5), matrix(k, 9), row_indices(1200, k), scales(k)
+
+    return OpCase("sampled_matmul", f"sliced_{k}", make, exact=False)
+
+
+# Enough rows for two slices, with and without a remainder: more than the rows of the table have.
+SLICED = [_sliced(1024), _sliced(1025), _sliced(1111)]
+
+
+def _mark_at_an_end() -> tuple[Any, ...]:
+    """The one mark lies exactly where the first interval ends: the second row is drawn."""
+    seed = torch.tensor(5)
+    first, second, third = permutation_keys(3, seed).argsort().tolist()
+    mark = int(row_words(torch.tensor(0), OFFSET_STREAM, seed)[0])
+    q = torch.ones(3, dtype=torch.int64)
+    q[first], q[second] = mark, 2**32 - mark - 1
+    return q, 1, seed
+
+
+EXTRA = [*SLICED, OpCase("draw_rows", "mark_at_an_end", _mark_at_an_end)]
+
+
+def check(case: OpCase, launch: Callable[..., Any]) -> None:
+    args = case.make()
+    actual = launch(*args)
+    assert actual._base is None, "an op must not return a view"
+    if case.exact:
+        reference = import_module(f"memsave.ops.{case.op}.reference")
+        assert_same(actual, getattr(reference, case.op)(*args))
+    else:
+        assert_within_budget(actual, case.op, args)
+
+
+@pytest.mark.parametrize("case", [*CASES, *EXTRA], ids=lambda case: case.id)
+def test_kernel(case: OpCase) -> None:
+    check(case, import_module(f"memsave.ops.{case.op}.triton").launch)
+
+
+def test_sliced_cases_are_sliced() -> None:
+    module = import_module("memsave.ops.sampled_matmul.triton")
+    for case in SLICED:
+        dy, kept, rows, scale = case.make()
+        assert module.slices(rows.numel(), dy.shape[1], kept.shape[1]) == 2
+        assert module.workspace_bytes(dy, kept, rows, scale) == 2 * 5 * 9 * 4
+
+
+@pytest.mark.parametrize("tile", range(3))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_every_tile(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile that tuning may pick on a GPU; here `launch` takes the first."""
+    module = import_module("memsave.ops.sampled_matmul.triton")
+    monkeypatch.setitem(module.CONFIGS, dtype.itemsize, [module.CONFIGS[dtype.itemsize][tile]])
+    args = matrix(300, 131, dtype), matrix(77, 129, dtype, value=5), row_indices(300, 77), scales(77)
+    assert_within_budget(module.launch(*args), "sampled_matmul", args)
+
+
+@pytest.mark.parametrize(
+    "counter, key, expected",
+    [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, -1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter: tuple[int, ...], key: int, expected: tuple[int, ...]) -> None:
+    """The known answers that Random123 publishes for philox4x32-10."""
+    from tests.triton.interpreted.philox_kernels import philox_words
+
+    assert philox_words(torch.tensor(counter), torch.tensor(key)).tolist() == list(expected)
+
+
+@pytest.mark.parametrize("stream", [0, 1, 7])
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
+def test_row_words_are_those_of_pytorch(seed: int, stream: int) -> None:
+    from tests.triton.interpreted.philox_kernels import words_of_rows
+
+    rows = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40 + 3, 2**62])
+    expected = row_words(rows, stream, torch.tensor(seed))
+    assert_same(words_of_rows(rows, stream, torch.tensor(seed)), torch.stack(expected))
+
+
+# None of these may read or write outside its tensors, which would kill the process.
+MUTANTS = [
+    ("gather_rows", "r < K)[:, None]", "r < K - 1)[:, None]"),
+    ("gather_rows", "(d < D)[None, :]", "(d < D - 1)[None, :]"),
+    ("gather_rows", "else values) * factor", "else values) + 0 * factor"),
+    ("sampled_matmul", "valid = r < last", "valid = r < last - 1"),
+    ("sampled_matmul", "* factor[None, :]", "+ 0 * factor[None, :]"),
+    ("sampled_matmul", "program_id(2).to(tl.int64) * OUT", "program_id(2).to(tl.int64) * 0"),
+    ("row_inclusion", "left * m >= rest", "left * m >= 2 * rest"),
+    ("row_inclusion", "tl.full([], SHRINK, tl.float64)", "1.0"),
+    ("row_inclusion", "other=0) + m", "other=0)"),
+    ("row_inclusion", "remainder - room_before", "remainder - room_before - 1"),
+    ("draw_rows", "position - start - 1", "position - start"),
+    ("draw_rows", "hits + before", "hits + 0 * before"),
+    ("draw_rows", "0x7FFFFFFF", "0x3FFFFFFF"),
+]
+
+
+@pytest.mark.parametrize("op, right, wrong", MUTANTS, ids=[f"{op}: {wrong}" for op, _, wrong in MUTANTS])
+def test_broken_kernel_is_noticed(op: str, right: str, wrong: str, tmp_path: Path) -> None:
+    """A test of the tests: a kernel with one mistake must fail on some row of the table."""
+    source = Path(str(import_module(f"memsave.ops.{op}.triton").__file__)).read_text()
+    assert source.count(right) == 1, f"the kernel no longer contains {right!r} once: update this mutant"
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(right, wrong))
+    spec = spec_from_file_location(f"memsave.ops.{op}.mutant", path)
+    assert spec is not None and spec.loader is not None
+    mutant = module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+
+    def passes(case: OpCase) -> bool:
+        try:
+            check(case, mutant.launch)
+        except AssertionError:
+            return False
+        return True
+
+    assert not all(passes(case) for case in [*CASES, *EXTRA] if case.op == op)

@@ -1,0 +1,25 @@
+"""Runs `tests/triton/interpreted` in a process of its own: kernels are interpreted or compiled, never both in one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    # Options and workers of this run are not those of the other.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "tests/triton/interpreted", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    output = run.stdout + run.stderr
+    assert run.returncode == 0, output
+    assert re.search(r"\d+ passed", output) and "skipped" not in output, output
