@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo clean
+.PHONY: help test lint demo bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -22,6 +22,10 @@ lint: $(VENV)/.installed-test ## style and types: ruff check, ruff format --chec
 # Threads that wait for each other without spinning cost nothing on idle cores and save minutes on busy ones.
 demo: $(VENV)/.installed-bench ## train a small language model in every variant; outputs in build/demo
 	@OMP_WAIT_POLICY=passive $(BIN)/python examples/train_text.py --out build/demo $(ARGS)
+
+bench: $(VENV)/.installed-bench ## measure every case on this machine; results in benchmarks/results, tables in docs
+	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu $(ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 clean: ## remove what was built, not the virtual environment
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis memsave/_libmemsave.*

@@ -81,6 +81,8 @@ def test_groups_lose_no_name_and_mix_no_keys(pairs: list[tuple[str, str]]) -> No
     assert sorted(grouped) == sorted(pairs)
     for _, names in groups(pairs):
         assert set(names) <= set(expand(pattern(names)))
+        for column in list(zip(*(name.split(".") for name in names), strict=True))[:-1]:
+            assert len(set(column)) == 1 or all(part.isdecimal() for part in column), "only numbers may differ"
 
 
 def blocks() -> Any:

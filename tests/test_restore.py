@@ -125,7 +125,9 @@ def test_restoring_gives_back_every_object_class_flag_and_bit(tree: Tree, config
 def test_conversion_keeps_parameters_buffers_flags_and_children(tree: Tree, configs: list[MethodConfig]) -> None:
     before = snapshot(tree)
     modules, flags = list(tree.modules()), [m.training for m in tree.modules()]
+    random_state = torch.get_rng_state()
     memsave.convert_model(tree, configs)
+    assert torch.equal(torch.get_rng_state(), random_state)
     after = snapshot(tree)
     assert {k: after[k] for k in ("parameters", "buffers", "keys")} == {
         k: before[k] for k in ("parameters", "buffers", "keys")

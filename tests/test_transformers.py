@@ -108,15 +108,8 @@ _LIST = [
             **{"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
             **{"dropout_rate": 0.0, "decoder_start_token_id": 0},
         },
-        converted=33,
+        converted=45,
         norm="T5LayerNorm",
-        left=(
-            (
-                "decoder.block.{0-1}.layer.{0-2}.layer_norm",
-                "T5LayerNorm",
-                "the forward of T5LayerNorm agrees with no known RMSNorm formula",
-            ),
-        ),
     ),
     Architecture(
         "BertForMaskedLM",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -27,7 +27,8 @@ def plain(x: object) -> bool:
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Run operators on `x` in exactly the dtypes that they are given."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def autocast_now(x: Tensor) -> Callable[[], AbstractContextManager[object]]:

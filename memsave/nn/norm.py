@@ -26,6 +26,7 @@ class Style(str, Enum):
     """Where RMSNorms round to the input's dtype and how they apply the weight; xhat = x * rstd in fp32."""
 
     CAST_THEN_SCALE = "weight * cast(xhat)"
+    CAST_TO_WEIGHT = "weight * xhat, cast to the weight's dtype if that is a half type"
     SCALE_THEN_CAST = "cast(weight * xhat)"
     ONE_PLUS = "cast((1 + weight) * xhat)"
 
@@ -43,6 +44,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, style: Style, 
         return xhat.to(x.dtype), rstd
     if style is Style.CAST_THEN_SCALE:
         return weight * xhat.to(x.dtype), rstd
+    if style is Style.CAST_TO_WEIGHT:
+        return weight * (xhat.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else xhat), rstd
     scale = weight if style is Style.SCALE_THEN_CAST else 1.0 + weight.to(wide.dtype)
     return (scale * xhat).to(x.dtype), rstd
 
@@ -89,8 +92,8 @@ class ConvertedRMSNorm(Converted):
         if plain(x) or not torch.is_grad_enabled():
             return super().forward(x)  # type: ignore[misc]
         style = rms_norm_style(self)  # type: ignore[arg-type]
-        if style is None:  # the weight's dtype or eps was changed into something unknown since conversion
-            return super().forward(x)  # type: ignore[misc]
+        if style is None or (style is Style.CAST_TO_WEIGHT and x.dtype == torch.float64):
+            return super().forward(x)  # type: ignore[misc]  # changed since conversion, or fp64 with fp32 statistics
         weight, eps, double = self._parameters.get("weight"), _eps(self), isinstance(self, nn.RMSNorm)
         y = _RMSNorm.apply(x, weight, eps, style, double)
 

@@ -14,6 +14,7 @@ Shapes: y is (..., D); `rows` index the leading dimensions of y flattened to N.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -93,8 +94,17 @@ _notes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def attach(output: Tensor, recipe: Recipe, tensors: Sequence[Tensor]) -> None:
     """Attach a note to the tensor object `output`, unless nothing will be kept for its sake."""
-    if output.requires_grad:
-        _notes[output] = Note(output, recipe, tensors)
+    if output.grad_fn is None:
+        return
+    _notes[output] = Note(output, recipe, tensors)
+    # Whoever holds the output after its backward must not hold what it was made from.
+    reference = weakref.ref(output)
+    output.grad_fn.register_prehook(lambda _: _forget(reference()))
+
+
+def _forget(output: Tensor | None) -> None:
+    if output is not None:
+        _notes.pop(output, None)
 
 
 def find(x: Tensor) -> Note | None:

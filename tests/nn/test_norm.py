@@ -41,6 +41,16 @@ class PowRMSNorm(HFStyleRMSNorm):
         return (self.weight.float() * wide).to(hidden_states.dtype)
 
 
+class WeightCastRMSNorm(HFStyleRMSNorm):
+    """Rounds to the weight's dtype, as T5 does."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
+        wide = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        half = self.weight.dtype in (torch.float16, torch.bfloat16)
+        return self.weight * (wide.to(self.weight.dtype) if half else wide)
+
+
 class WeightlessRMSNorm(nn.Module):
     eps = 1e-5
 
@@ -63,6 +73,7 @@ class CenteredRMSNorm(HFStyleRMSNorm):
 STYLES = {
     HFStyleRMSNorm: Style.CAST_THEN_SCALE,
     ScaleThenCastRMSNorm: Style.SCALE_THEN_CAST,
+    WeightCastRMSNorm: Style.CAST_TO_WEIGHT,
     PowRMSNorm: Style.SCALE_THEN_CAST,
     OnePlusRMSNorm: Style.ONE_PLUS,
 }

@@ -232,6 +232,21 @@ def test_under_a_checkpoint_nothing_is_held_between_forward_and_backward(x: Tens
     handle.remove()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_output_that_is_held_after_backward_does_not_hold_its_note(norm: type[nn.Module], x: Tensor) -> None:
+    _, ours = blocks(norm)
+    h = x.requires_grad_(True) * 1.0
+    storage = weakref.ref(h.untyped_storage())
+    y = ours.norm(h)
+    out = ours.q(y).sum()
+    del h
+    gc.collect()
+    assert storage() is not None
+    out.backward()
+    gc.collect()
+    assert storage() is None and note.find(y) is None
+
+
 def test_notes_cost_nothing_without_gradients(x: Tensor) -> None:
     _, ours = blocks(nn.LayerNorm)
     with torch.no_grad():
