@@ -291,7 +291,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, prints the table and what it means, and writes JSON and a picture."""
     options = parse_options(arguments)
-    results = train(options, options.data)
+    try:
+        results = train(options, options.data)
+    except memsave.NoMatchError as error:
+        raise SystemExit(f"error: argument --sampled: {error}") from None
     words = in_words(results, options.keep_ratio)
     print(f"\n{table(results)}\n")
     print(*words, sep="\n")

@@ -66,6 +66,10 @@ class MethodConfig:
         """
         raise TypeError(f"{type(self).__name__} does not define convert(module)")
 
+    def why_not_restore(self, module: nn.Module) -> str | None:
+        """Say in words why `module` cannot be restored as it is now, or return None. Changes nothing."""
+        return None
+
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
         """Undo `convert` on a module that it returned; give back the original, or what stands for it.
 
@@ -105,8 +109,9 @@ class MethodConfig:
         return MethodConfig.from_dict(json.loads(text))
 
     def __str__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"{type(self).__name__}({', '.join(changed)})"
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+        return f"{type(self).__name__}({shown})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,19 +6,28 @@ any exception the model is put back as it was.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
 
 from .config import Guarantee, MethodConfig, TargetedConfig, matches
-from .errors import ConflictError, MemsaveError, NoMatchError, RestoreError, UnsupportedModelError, raise_all
-from .report import Report, group_rows, group_skips, groups, pattern
+from .errors import (
+    ConflictError,
+    MemsaveError,
+    NoMatchError,
+    NotAModelError,
+    RestoreError,
+    UnsupportedModelError,
+    raise_all,
+)
+from .report import NOT_A_MODEL, Report, Skip, group_rows, group_skips, groups, pattern
+from .targets import Named, base_class, entries_of, missed_exclusions, missed_target
 
 _UNCHANGED = "The model was not changed."
+_IS_ROOT = "it is the model itself, whose class never changes; put it in a container"
 _WRAPPERS = {
     "DistributedDataParallel": "convert or restore the model before wrapping it",
     "DataParallel": "convert or restore the model before wrapping it",
@@ -27,6 +36,11 @@ _WRAPPERS = {
     "OptimizedModule": "convert or restore the model before torch.compile",
     "ScriptModule": "a scripted module has no Python forward to convert",
     "DeepSpeedEngine": "convert or restore the model before deepspeed.initialize",
+}
+_INSIDE = {
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "OptimizedModule": "model._orig_mod",
 }
 
 
@@ -69,8 +83,8 @@ def convert_model(
     wanted = _as_configs(model, configs)
     modules = _names_by_module(model)
     plan = _plan(model, wanted, modules)
-    raise_all(plan.problems)
-    kinds = {id(module): _kind(module) for _, module in modules}
+    raise_all(plan.problems if configs is not None else _problems_of_defaults(plan, wanted, modules))
+    kinds = {id(m.module): _kind(m.module) for m in modules}
     report = Report(
         action="would be converted (dry run)" if dry_run else "converted",
         rows=group_rows(plan.changes, kinds),
@@ -99,13 +113,14 @@ def restore_model(
         allow_lossy: needed to take off a method that changed the function; what comes back is its dense equivalent.
 
     Raises:
-        RestoreError: a named method is not applied, or one of the two choices above is missing. The model is unchanged.
+        RestoreError: a named method is not applied, one of the two choices above is missing, or a module's class or
+            forward was changed since. The model is unchanged.
     """
-    _check_model(model)
+    _check_model(model, "restore_model")
     if adapters not in (None, "merge", "drop"):
         raise ValueError(f"restore_model: adapters: expected 'merge' or 'drop', got {adapters!r}. {_UNCHANGED}")
     modules = _names_by_module(model)
-    found = [_Change(name, module, c) for name, module in modules for c in reversed(applied_configs(module).values())]
+    found = [_Change(m.names[0], m.module, c) for m in modules for c in reversed(applied_configs(m.module).values())]
     present = {change.config.name for change in found}
     chosen = present if methods is None else set([methods] if isinstance(methods, str) else methods)
     problems: list[MemsaveError] = []
@@ -116,7 +131,7 @@ def restore_model(
     changes = [change for change in found if change.config.name in chosen]
     problems += _restore_problems(changes, adapters, allow_lossy)
     raise_all(problems)
-    kinds = {id(module): _kind(module) for _, module in modules}
+    kinds = {id(m.module): _kind(m.module) for m in modules}
     rows = group_rows(changes, kinds)
     _unapply(model, changes, adapters)
     return Report(action="restored", rows=rows)
@@ -124,6 +139,9 @@ def restore_model(
 
 def _restore_problems(changes: Sequence[_Change], adapters: str | None, allow_lossy: bool) -> list[MemsaveError]:
     problems: list[MemsaveError] = []
+    for name, module, config in changes:
+        if reason := config.why_not_restore(module):
+            problems.append(RestoreError(f"restore_model: {name or 'the model'}: {reason}. {_UNCHANGED}"))
     for name, guarantee in sorted({(c.config.name, c.config.guarantee) for c in changes}):
         if guarantee is Guarantee.ADAPTER and adapters is None:
             problems.append(
@@ -143,58 +161,62 @@ def _restore_problems(changes: Sequence[_Change], adapters: str | None, allow_lo
 
 def _as_configs(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig] | None) -> list[MethodConfig]:
     """Check both arguments; fill in the default methods."""
-    _check_model(model)
-    if configs is None:
-        from .methods import METHODS
+    from .methods import METHODS
 
+    _check_model(model, "convert_model")
+    if configs is None:
         return [method() for method in METHODS if method.default]
-    listed = [configs] if isinstance(configs, MethodConfig) or not isinstance(configs, Sequence) else list(configs)
+    single = isinstance(configs, (MethodConfig, str)) or not isinstance(configs, Sequence)
+    listed: list[MethodConfig] = [configs] if single else list(configs)  # type: ignore[list-item, arg-type]
     for config in listed:
         if not isinstance(config, MethodConfig):
-            made = f" (did you mean {config.__name__}(...)?)" if isinstance(config, type) else ""
-            raise TypeError(f"convert_model: expected method configs, got {config!r}{made}. {_UNCHANGED}")
+            named = next((m for m in METHODS if m.name == config), METHODS[-1])
+            settings = "target_modules=[...]" if issubclass(named, TargetedConfig) and not named.default else ""
+            hint = f"; pass a config object, for example {named.__name__}({settings})"
+            if isinstance(config, type):
+                hint = f" (did you mean {config.__name__}(...)?)"
+            raise TypeError(f"convert_model: expected method configs, got {config!r}{hint}. {_UNCHANGED}")
     if not listed:
         raise ValueError(f"convert_model: expected at least one config, or None for the defaults; got []. {_UNCHANGED}")
     return list(dict.fromkeys(listed))
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, function: str) -> None:
+    if isinstance(model, Report):
+        raise NotAModelError(f"{function}: {NOT_A_MODEL}. Nothing was changed.")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        instance = f"an instance of {type(model).__name__}"
+        got = f"the class {model.__name__}, not an instance" if isinstance(model, type) else instance
+        raise TypeError(f"{function}: expected a torch.nn.Module, got {got}. Nothing was changed.")
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__name__ in _WRAPPERS:
                 where = f"its submodule {name!r}" if name else "the model"
-                raise UnsupportedModelError(
-                    f"{where} is wrapped in {cls.__name__}: {_WRAPPERS[cls.__name__]}. {_UNCHANGED}"
-                )
+                advice = _WRAPPERS[cls.__name__]
+                if not name and cls.__name__ in _INSIDE:
+                    advice += f", or pass the module inside: {_INSIDE[cls.__name__]}"
+                raise UnsupportedModelError(f"{where} is wrapped in {cls.__name__}: {advice}. {_UNCHANGED}")
 
 
-def _names_by_module(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module once, in order, with all its qualified names joined to their first."""
-    return list(model.named_modules())
-
-
-def _aliases(model: nn.Module) -> dict[int, list[str]]:
-    """Every qualified name of every module, shared ones included."""
-    names: dict[int, list[str]] = {}
+def _names_by_module(model: nn.Module) -> list[Named]:
+    """Every module once, in order, with every qualified name that it has."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    return names
+        found.setdefault(id(module), (module, []))[1].append(name)
+    return [Named(module, names) for module, names in found.values()]
 
 
 def _kind(module: nn.Module) -> str:
-    return getattr(type(module), "_memsave_base", type(module)).__name__
+    return base_class(module).__name__
 
 
-def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: list[tuple[str, nn.Module]]) -> _Plan:
+def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: Sequence[Named]) -> _Plan:
     plan = _Plan()
-    aliases = _aliases(model)
-    planned: dict[int, dict[str, MethodConfig]] = {id(m): applied_configs(m) for _, m in modules}
+    planned: dict[int, dict[str, MethodConfig]] = {id(m.module): applied_configs(m.module) for m in modules}
     conflicts: list[tuple[str, str]] = []
     for config in configs:
         if isinstance(config, TargetedConfig):
-            selected = _select(config, modules, aliases, plan)
+            selected = _select(config, modules, plan)
         else:
             reason = config.why_not(model)
             selected = [] if reason else [("", model)]
@@ -213,10 +235,24 @@ def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: list[tuple
     return plan
 
 
+def _problems_of_defaults(plan: _Plan, configs: Sequence[MethodConfig], modules: Sequence[Named]) -> list[MemsaveError]:
+    """The problems of a call without configs: a default method may find nothing where another finds something."""
+    problems = [problem for problem in plan.problems if not isinstance(problem, NoMatchError)]
+    if not (problems or plan.changes or plan.already):
+        reasons = [f"{m.names[0]}: {plan.reasons[id(m.module)]}" for m in modules if id(m.module) in plan.reasons]
+        why = f": {reasons[0].removeprefix(': ')}" if reasons else ""
+        methods = " or ".join(config.name for config in configs)
+        problems.append(NoMatchError(f"the model has no module that {methods} can convert{why}. {_UNCHANGED}"))
+    return problems
+
+
 def _conflict(config: MethodConfig, present: dict[str, MethodConfig], module: nn.Module) -> str | None:
     """Say why `config` cannot join the configs that `module` has or will have."""
     if config.name in present:
-        return f"{config} was asked for, but it is converted by {present[config.name]}; restore that one first"
+        return (
+            f"{config} was asked for, but it is converted by {present[config.name]}; restore that one first: "
+            f'memsave.restore_model(model, methods=["{config.name}"])'
+        )
     mine = config.parts(module)
     for other in present.values():
         theirs = other.parts(module)
@@ -225,103 +261,68 @@ def _conflict(config: MethodConfig, present: dict[str, MethodConfig], module: nn
     return None
 
 
-def _select(
-    config: TargetedConfig, modules: list[tuple[str, nn.Module]], aliases: dict[int, list[str]], plan: _Plan
-) -> list[tuple[str, nn.Module]]:
+def _select(config: TargetedConfig, modules: Sequence[Named], plan: _Plan) -> list[tuple[str, nn.Module]]:
     """The modules that `config` converts; reasons for the rest and problems go to the plan."""
     selected: list[tuple[str, nn.Module]] = []
     hits: Counter[str] = Counter()
     refused: dict[str, str] = {}
+    targets, excluded = config.target_modules, config.exclude_modules
     within = _within(config.name, modules)
-    for name, module in modules:
-        names = aliases[id(module)]
-        done = config.name in applied_configs(module)
-        entries = (
-            {e for n in names for e in matches(config.target_modules, n)} if config.target_modules is not None else {""}
-        )
-        if not entries or id(module) in within or not (done or config.candidate(module)):
+    for module, names in modules:
+        name, done = names[0], config.name in applied_configs(module)
+        entries = {""} if targets is None else {entry for n in names for entry in matches(targets, n)}
+        if not entries or not (done or config.candidate(module)):
             continue
-        if config.exclude_modules is not None and any(matches(config.exclude_modules, n) for n in names):
+        if id(module) in within:
+            plan.reasons[id(module)] = f"within what {config.name} converted"
+            continue
+        if excluded is not None and any(matches(excluded, n) for n in names):
             refused |= dict.fromkeys(entries, "every match is excluded")
             plan.reasons[id(module)] = f"excluded from {config.name}"
             continue
-        reason = (
-            config.why_not(module)
-            if name
-            else "it is the model itself, whose class never changes; put it in a container"
-        )
+        reason = config.why_not(module) if name else _IS_ROOT
         if reason and not done:
             refused |= dict.fromkeys(entries, f"{name}: {reason}" if name else reason)
             plan.reasons[id(module)] = reason
             continue
         hits.update(entries)
         selected.append((name, module))
-    wanted = [""] if config.target_modules is None else matches_entries(config.target_modules)
-    for entry in wanted:
-        if not hits[entry]:
-            plan.problems.append(NoMatchError(_no_match(config, entry, refused.get(entry), modules, aliases)))
+    wanted = [""] if targets is None else entries_of(targets)
+    missed = [missed_target(config, entry, refused.get(entry), modules) for entry in wanted if not hits[entry]]
+    missed += missed_exclusions(config, modules)
+    plan.problems += [NoMatchError(f"{message}. {_UNCHANGED}") for message in missed]
     return selected
 
 
-def _within(method: str, modules: list[tuple[str, nn.Module]]) -> set[int]:
+def _within(method: str, modules: Sequence[Named]) -> set[int]:
     """Ids of what lies within a module that `method` converted, such as the base that an adapter wraps."""
-    converted = [module for _, module in modules if method in applied_configs(module)]
+    converted = [m.module for m in modules if method in applied_configs(m.module)]
     inner = (m for module in converted for m in module.modules())
     return {id(m) for m in inner if method not in applied_configs(m)}
 
 
-def matches_entries(targets: str | Collection[str]) -> list[str]:
-    """The entries of a target filter, each of which must match."""
-    return [targets] if isinstance(targets, str) else list(targets)
-
-
-def _no_match(
-    config: TargetedConfig,
-    entry: str,
-    refused: str | None,
-    modules: list[tuple[str, nn.Module]],
-    aliases: dict[int, list[str]],
-) -> str:
-    """The message for a target that leads to nothing, with the nearest names."""
-    by_regex = isinstance(config.target_modules, str)
-    convertible = Counter(name.rpartition(".")[2] for name, module in modules if name and config.candidate(module))
-    listing = ", ".join(f"{name} x{n}" for name, n in convertible.most_common(12)) or "none"
-    if not entry:
-        why = f": {refused}" if refused else ""
-        return f"the model has no module that {config.name} can convert{why}. {_UNCHANGED}"
-    rule = entry if by_regex else (entry,)
-    if refused:
-        what = f"matches only what cannot be converted ({refused})"
-    elif others := [_kind(m) for _, m in modules if any(matches(rule, n) for n in aliases[id(m)])]:
-        what = f"matches only modules that {config.name} does not convert ({', '.join(sorted(set(others)))})"
-    elif by_regex and entry in convertible:
-        what = f"matches no module (a string is a regular expression for the whole name; did you mean [{entry!r}]?)"
-    else:
-        near = difflib.get_close_matches(entry.rpartition(".")[2], list(convertible), n=1)
-        what = "matches no module" + (f" (did you mean {near[0]!r}?)" if near else "")
-    return (
-        f"{type(config).__name__}.target_modules: {entry!r} {what}. {config.name} can convert: {listing}. {_UNCHANGED}"
-    )
-
-
-def _skipped(modules: list[tuple[str, nn.Module]], plan: _Plan, configs: Sequence[MethodConfig]) -> tuple:
+def _skipped(modules: Sequence[Named], plan: _Plan, configs: Sequence[MethodConfig]) -> tuple[Skip, ...]:
     """Rows for the modules that hold parameters of their own and that no config of this call converts."""
     done = {id(change.module) for change in [*plan.changes, *plan.already]}
-    total = sum(
-        p.nbytes for p in {id(p): p for _, m in modules for p in m._parameters.values() if p is not None}.values()
-    )
-    names = "/".join(sorted({config.name for config in configs}))
+    held = {id(p): p for m in modules for p in m.module._parameters.values() if p is not None}
+    total = max(sum(p.nbytes for p in held.values()), 1)
     rows = []
-    for name, module in modules:
+    for module, names in modules:
         own = [p for p in module._parameters.values() if p is not None]
-        if id(module) in done or not (own or id(module) in plan.reasons):
-            continue
-        if (reason := plan.reasons.get(id(module))) is None:
-            deep = max(p.dim() for p in own) > 2 and not hasattr(module, "kernel_size")
-            kind = f"holds {max(p.dim() for p in own)}-D parameters" if deep else "not targeted, or of no kind"
-            reason = f"{kind}: no linear for {names}" if deep else f"{kind} that {names} converts"
-        rows.append((name, _kind(module), reason, sum(p.nbytes for p in own) / max(total, 1)))
+        if id(module) not in done and (own or id(module) in plan.reasons):
+            reason = plan.reasons.get(id(module)) or _why_left(module, configs)
+            rows.append((names[0], _kind(module), reason, sum(p.nbytes for p in own) / total))
     return group_skips(rows)
+
+
+def _why_left(module: nn.Module, configs: Sequence[MethodConfig]) -> str:
+    methods = "/".join(sorted({config.name for config in configs}))
+    if any(isinstance(config, TargetedConfig) and config.candidate(module) for config in configs):
+        return "not targeted"
+    dimensions = max(p.dim() for p in module._parameters.values() if p is not None)
+    if dimensions > 2 and not hasattr(module, "kernel_size"):
+        return f"holds {dimensions}-D parameters: no linear for {methods}"
+    return f"not a kind that {methods} converts"
 
 
 def _apply(model: nn.Module, changes: Sequence[_Change]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from .config import MethodConfig
 from .errors import NotAModelError
 
-_NOT_A_MODEL = (
+NOT_A_MODEL = (
     "this is a memsave Report, not the model: convert_model works in place; do not assign its result to the model "
     "(write `memsave.convert_model(model)` and go on using `model`)"
 )
@@ -50,7 +50,7 @@ class Report:
     """What `convert_model` or `restore_model` did. `print(report)` shows a table; it is not the model.
 
     Attributes:
-        action: "converted", "would convert" (dry run), "restored".
+        action: "converted", "would be converted (dry run)", "restored".
         rows: the groups of modules that the action is about.
         already: groups that were in that state before; nothing was done to them.
         skipped: groups that hold parameters and were left as they are.
@@ -89,12 +89,14 @@ class Report:
             lines += _aligned([(f"{s.share:.1%}", s.modules, f"x{s.count}", s.kind, s.reason) for s in self.skipped])
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        raise NotAModelError(_NOT_A_MODEL)
+        raise NotAModelError(NOT_A_MODEL)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name in _MODEL_NAMES:
-            raise NotAModelError(_NOT_A_MODEL)
+            raise NotAModelError(NOT_A_MODEL)
         raise AttributeError(f"Report has no attribute {name!r}")
 
 

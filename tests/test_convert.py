@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -128,6 +129,47 @@ def test_without_configs_only_exact_default_methods_are_applied() -> None:
     assert report.count == 5
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToyEmbeddingsConfig(ToyKeepPpsConfig):
+    """A second method that is applied by default, for embeddings."""
+
+    name: ClassVar[str] = "toy_embeddings"
+    default: ClassVar[bool] = True
+
+    def candidate(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_of_the_default_methods_may_find_nothing(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memsave.methods.METHODS", (ToyEmbeddingsConfig, RecomputeNormConfig)[::order])
+    model = make()
+    assert {row.method for row in convert_model(model).rows} == {"recompute_norm"}
+    again = convert_model(model)
+    assert again.count == 0 and {row.method for row in again.already} == {"recompute_norm"}
+    with pytest.raises(NoMatchError, match="no module that toy_embeddings can convert"):
+        convert_model(make(), [ToyEmbeddingsConfig(), RecomputeNormConfig()])
+
+
+def test_default_methods_that_all_find_nothing_are_one_error(
+    unchanged: Unchanged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memsave.methods.METHODS", (RecomputeNormConfig, ToyEmbeddingsConfig, WTACRSConfig))
+    model = unchanged(nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 1)))
+    with pytest.raises(NoMatchError) as caught:
+        convert_model(model)
+    assert str(caught.value) == (
+        "the model has no module that recompute_norm or toy_embeddings can convert. The model was not changed."
+    )
+
+
+def test_without_configs_a_refused_module_is_named(unchanged: Unchanged) -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 3))
+    model[0].forward = lambda x: x
+    with pytest.raises(NoMatchError, match="recompute_norm can convert: 0: its forward was replaced on the instance"):
+        convert_model(unchanged(model))
+
+
 def test_classes_say_what_they_were() -> None:
     model = make()
     convert_model(model)
@@ -162,12 +204,23 @@ def test_several_devices_are_converted_and_named() -> None:
 
 REFUSED_TARGETS = [
     (["up_porj"], r"target_modules: 'up_porj' matches no module \(did you mean 'up_proj'\?\)"),
-    (r".*\.up_porj", r"matches no module \(did you mean 'up_proj'\?\)"),
+    (r".*\.up_porj", r"matches no module \(did you mean r'\.\*\\\.up_proj'\?\)"),
+    (r"(1|2).(up|down)_porj", r"matches no module \(did you mean r'\(1\|2\)\.down_proj'\?\)\. "),
+    (r"\d+\.expert", r"matches no module\. wta_crs can"),
+    (r"\d+up_porj", r"matches no module \(did you mean \['up_proj'\]\?\)"),
     (["up_proj", "router"], r"target_modules: 'router' matches no module\. wta_crs can convert: up_proj x2, down_proj"),
-    ("up_proj", r"'up_proj' matches no module \(a string is a regular expression for the whole name; did you mean \["),
+    ("up_proj", r"'up_proj' matches no module \(a string is a regular .* whole name; did you mean \['up_proj'\]\?\)"),
+    ("up_porj", r"a regular expression for the whole name; did you mean \['up_proj'\]\?\)"),
+    ("router", r"a regular expression for the whole name; a list holds names or endings\)"),
+    ("all-linear", r"'all-linear' matches no module \('all-linear' is PEFT's shorthand; use r'\.\*'\)"),
+    (["all-linear"], r"'all-linear' is PEFT's shorthand; use r'\.\*'"),
+    ([r".*\.up_proj"], r"holds names or endings; for a regular expression pass the string r'\.\*\\\.up_proj'\)"),
+    (["*_proj"], r"holds names or endings; for a regular expression pass the string r'\.\*_proj'\)"),
+    (["(up|down)_proj"], r"for a regular expression pass the string r'\.\*\(up\|down\)_proj'\)"),
+    (["(expert"], r"for a regular expression pass the string r'\.\*_proj'\)"),
     (["roj"], "'roj' matches no module"),
     (["0"], r"'0' matches only modules that wta_crs does not convert \(LayerNorm\)"),
-    (r"1(\.act)?", r"matches only modules that wta_crs does not convert \(MLP, SiLU\)"),
+    (r"1(\.act)?", r"that wta_crs does not convert \(MLP, SiLU\); it holds 1.up_proj, 1.down_proj\. wta_crs can"),
 ]
 
 
@@ -176,6 +229,60 @@ def test_a_target_that_leads_to_nothing_is_an_error(targets: Any, message: str, 
     with pytest.raises(NoMatchError, match=message) as caught:
         convert_model(unchanged(make()), wta(targets))
     assert str(caught.value).endswith("The model was not changed.")
+
+
+class Linear(nn.Module):
+    """Has the name of torch's linear, and holds several of them, as a LoRA layer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(4, 4)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(4, 2)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 4), "other": nn.Linear(2, 4)})
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "q_proj"])
+def test_a_namesake_of_a_torch_layer_is_told_apart_and_what_it_holds_can_be_targeted(
+    targets: Any, unchanged: Unchanged
+) -> None:
+    model = nn.Sequential(*(nn.ModuleDict({"q_proj": Linear()}) for _ in range(2)))
+    with pytest.raises(NoMatchError) as caught:
+        convert_model(unchanged(model), wta(targets))
+    held = ["q_proj.base_layer", "q_proj.lora_A.default", "q_proj.lora_B.default"]
+    assert (
+        f"'q_proj' matches only modules that wta_crs does not convert ({__name__}.Linear); it holds {', '.join(held)}."
+    ) in str(caught.value)
+    assert convert_model(model, wta(held), dry_run=True).count == 6
+
+
+@pytest.mark.parametrize(
+    ("classes", "shown"),
+    [
+        ([("Embedding", "mine")], "mine.Embedding"),
+        ([("Own", "one"), ("Own", "two")], "one.Own, two.Own"),
+        ([("Own", "one"), ("Other", "one")], "Other, Own"),
+    ],
+)
+def test_classes_are_named_in_full_where_their_names_are_ambiguous(classes: list[tuple[str, str]], shown: str) -> None:
+    model = nn.Sequential(*(type(name, (nn.Module,), {"__module__": module})() for name, module in classes))
+    with pytest.raises(NoMatchError, match=re.escape(f"does not convert ({shown}). wta_crs can convert: none.")):
+        convert_model(model, wta(r"\d"))
+
+
+@pytest.mark.parametrize(
+    ("excluded", "message"),
+    [
+        (["down_porj"], r"'down_porj' matches no module (did you mean 'down_proj'?)"),
+        (["act", "nothing_alike"], "'nothing_alike' matches no module"),
+        ("down_proj", "(a string is a regular expression for the whole name; did you mean ['down_proj']?)"),
+        (r".*\.down_porj", r"'.*\\.down_porj' matches no module (did you mean r'.*\.down_proj'?)"),
+    ],
+)
+def test_an_exclusion_that_matches_nothing_is_an_error(excluded: Any, message: str, unchanged: Unchanged) -> None:
+    with pytest.raises(NoMatchError) as caught:
+        convert_model(unchanged(make()), wta(exclude_modules=excluded))
+    text = str(caught.value)
+    assert text.startswith("WTACRSConfig.exclude_modules: ") and text.endswith(f"{message}. The model was not changed.")
 
 
 def test_excluding_every_match_is_an_error_that_says_so(unchanged: Unchanged) -> None:
@@ -327,17 +434,41 @@ def test_real_ddp_is_refused(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("model", "configs", "error", "message"),
     [
-        ("gpt2", None, TypeError, "expected a torch.nn.Module, got str"),
-        (nn.Linear, None, TypeError, "expected a torch.nn.Module, got type"),
+        ("gpt2", None, TypeError, "convert_model: expected a torch.nn.Module, got an instance of str. Nothing was cha"),
+        (nn.Linear, None, TypeError, "torch.nn.Module, got the class Linear, not an instance. Nothing was changed"),
         (make(), WTACRSConfig, TypeError, r"got <class '.*WTACRSConfig'> \(did you mean WTACRSConfig\(...\)\?\)"),
-        (make(), [wta(), "wta_crs"], TypeError, "expected method configs, got 'wta_crs'"),
-        (make(), "wta_crs", TypeError, "expected method configs"),
+        (make(), [wta(), "wta_crs"], TypeError, r"got 'wta_crs'; pass a config object, for example WTACRSConfig\("),
+        (
+            make(),
+            "wta_crs",
+            TypeError,
+            r"got 'wta_crs'; pass a .* example WTACRSConfig\(target_modules=\[...\]\)\. The",
+        ),
+        (make(), "recompute_norm", TypeError, r"got 'recompute_norm'; .* example RecomputeNormConfig\(\)\. The"),
+        (make(), "galore", TypeError, r"got 'galore'; pass a config object, for example [A-Z]\w+Config\("),
+        (make(), {"method": "wta_crs"}, TypeError, r"got {'method': 'wta_crs'}; pass a config object, for example"),
         (make(), [], ValueError, r"expected at least one config, or None for the defaults; got \[\]"),
     ],
 )
 def test_wrong_arguments_are_named(model: Any, configs: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         convert_model(model, configs)
+
+
+@pytest.mark.parametrize("operation", [convert_model, memsave.restore_model])
+def test_a_report_is_not_a_model(operation: Callable[[Any], object]) -> None:
+    report = convert_model(make())
+    with pytest.raises(memsave.NotAModelError, match="convert_model works in place; .* Nothing was changed") as caught:
+        operation(report)
+    assert str(caught.value).startswith(f"{operation.__name__}: this is a memsave Report")
+
+
+@pytest.mark.parametrize(("wrap", "inside"), [(nn.DataParallel, "module"), (torch.compile, "_orig_mod")])
+def test_the_module_inside_a_wrapper_can_be_passed(wrap: Callable[[nn.Module], Any], inside: str) -> None:
+    model = wrap(make())
+    with pytest.raises(UnsupportedModelError, match=rf", or pass the module inside: model\.{inside}\. The model was"):
+        convert_model(model)
+    assert convert_model(getattr(model, inside)).count == 5
 
 
 def test_two_methods_that_set_a_part_differently_conflict(unchanged: Unchanged) -> None:
@@ -370,8 +501,19 @@ def test_conflicts_are_found_across_calls(first: memsave.MethodConfig) -> None:
 def test_other_settings_of_a_method_need_a_restore_first(unchanged: Unchanged) -> None:
     model = make()
     convert_model(model, wta(keep_ratio=0.5))
-    with pytest.raises(ConflictError, match=r"keep_ratio=0.4\) was asked for, but it is converted by .*keep_ratio=0.5"):
+    with pytest.raises(ConflictError, match=r"keep_ratio=0.4, .* was asked for, but .*keep_ratio=0.5, ") as caught:
         convert_model(unchanged(model), wta(keep_ratio=0.4))
+    advice = 'restore that one first: memsave.restore_model(model, methods=["wta_crs"]). The model was not changed.'
+    assert str(caught.value).endswith(advice)
+
+
+def test_what_lies_within_a_converted_module_is_named_as_such() -> None:
+    model = make()
+    convert_model(model, ToyAdapterConfig(target_modules=r".*"))
+    report = convert_model(model, ToyAdapterConfig(target_modules=r".*"))
+    reasons = {name: s.reason for s in report.skipped for name in s.names}
+    assert reasons["1.up_proj.base"] == "within what toy_adapter converted"
+    assert reasons["0"] == "not a kind that toy_adapter converts"
 
 
 def test_the_exact_substrate_conflicts_with_nothing() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import memsave
+import memsave.methods
 from memsave import Guarantee, MethodConfig
 from memsave.methods import METHODS
 from memsave.nn.linear import is_linear
@@ -252,20 +254,57 @@ def test_printing_names_the_method_and_its_settings(case: MethodCase) -> None:
     assert type(plain).__name__ in repr(module) and module.extra_repr() in repr(module)
 
 
+@cases
+def test_what_is_kept_goes_through_save_for_backward(case: MethodCase) -> None:
+    """Hooks that take the saved tensors over free the input."""
+    module = convert(case.plain(), case.configs)
+    h = case.input() * 1
+    storage = StorageWeakRef(h.untyped_storage())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        node = module(h).grad_fn
+    del h
+    assert node is not None and storage.expired()
+
+
+@cases
+def test_compiles_without_a_graph_break(case: MethodCase) -> None:
+    torch._dynamo.reset()
+    module = convert(case.plain(), case.configs)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert_alike(step(module, compiled, case.input()), step(module, module.reference, case.input()), case)
+
+
+def is_documented(name: str, value: object) -> bool:
+    """Whether the docstring was written: a dataclass without one gets its signature."""
+    documentation = value.__doc__ or ""
+    return len(documentation.split()) >= 5 and not documentation.startswith(f"{name}(")
+
+
+def starts_as_documented(method: type[MethodConfig]) -> bool:
+    """The docs page is titled by the method's name and holds results of a benchmark."""
+    page = (ROOT / method.docs).read_text() if method.docs and (ROOT / method.docs).is_file() else ""
+    return page.startswith(f"# {method.name}") and "<!-- results: cpu/" in page
+
+
 def test_every_method_has_its_places() -> None:
     """What adding a method touches; each message says what is missing."""
     readme = (ROOT / "README.md").read_text()
     benchmarks = (ROOT / "benchmarks" / "cases.py").read_text()
-    missing = []
+    files = {path.stem for path in (ROOT / "memsave" / "methods").glob("*.py")} - {"__init__"}
+    strays = sorted(files - {method.name for method in METHODS})
+    missing = [f"memsave/methods/{name}.py holds no method of METHODS" for name in strays]
     for method in METHODS:
         places = {
             "a row in tests/cases/methods.py": any(type(c) is method for case in CASES for c in case.configs),
             f"its docs page {method.docs!r}": bool(method.docs) and (ROOT / method.docs).is_file(),
+            f"'# {method.name}' first and '<!-- results: cpu/...' in its docs page": starts_as_documented(method),
             "a row in README.md's table of methods": any(
                 line.startswith("|") and f"`{method.__name__}(" in line for line in readme.splitlines()
             ),
             "a case in benchmarks/cases.py": f'method="{method.name}"' in benchmarks,
             "its name in memsave.__all__": method.__name__ in memsave.__all__,
+            "its name in memsave.methods.__all__": method.__name__ in memsave.methods.__all__,
+            "a docstring of its own": is_documented(method.__name__, method),
             "a file of its own": method.__module__ == f"memsave.methods.{method.name}",
         }
         missing += [f"{method.__name__} lacks {place}" for place, there in places.items() if not there]
@@ -278,5 +317,4 @@ def test_method_names_are_unique() -> None:
 
 @pytest.mark.parametrize("name", sorted(memsave.__all__))
 def test_public_names_are_documented(name: str) -> None:
-    documentation = getattr(memsave, name).__doc__
-    assert documentation and len(documentation.split()) >= 5
+    assert is_documented(name, getattr(memsave, name))

@@ -115,6 +115,18 @@ def test_the_table() -> None:
     assert keys[:4] == [f"{40 / total:.1%}", "{0-1}.k", "x2", "Linear"]
 
 
+def test_what_was_left_says_whether_targets_or_kinds_were_the_reason() -> None:
+    report = memsave.convert_model(blocks(), WTACRSConfig(target_modules=["q"]))
+    reasons = {s.modules: s.reason for s in report.skipped}
+    assert reasons["{0-1}.k"] == "not targeted"
+    assert reasons["emb"] == reasons["{0-1}.norm"] == "not a kind that wta_crs converts"
+
+
+def test_a_report_looks_the_same_without_print() -> None:
+    report = memsave.convert_model(blocks())
+    assert repr(report) == str(report)
+
+
 def test_cells_line_up() -> None:
     report = memsave.convert_model(blocks())
     rows = [line for line in str(report).splitlines() if line.startswith("  recompute_norm")]

@@ -405,3 +405,18 @@ def test_a_plain_model_is_left_alone_and_the_report_says_so() -> None:
     report = memsave.restore_model(model)
     assert snapshot(model) == before
     assert report.count == 0 and str(report) == "memsave: 0 modules restored"
+
+
+@pytest.mark.parametrize("change", ["parametrized", "forward replaced"])
+def test_a_module_that_was_changed_since_is_not_restored(change: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    memsave.convert_model(model)
+    if change == "parametrized":
+        nn.utils.parametrizations.weight_norm(model[1])
+    else:
+        model[1].forward = model[1].forward
+    before = snapshot(model)
+    expected = "its class was changed to" if change == "parametrized" else "its forward was replaced on the instance"
+    with pytest.raises(memsave.RestoreError, match=rf"restore_model: 1: {expected}.*The model was not changed"):
+        memsave.restore_model(model)
+    assert snapshot(model) == before

@@ -8,6 +8,7 @@ import torch
 
 from .profile import MemoryProfile
 from .replay import build_profile
+from .saved import check_function
 from .tracker import StorageTracker
 
 
@@ -36,6 +37,7 @@ def measure(fn: Callable[[], object]) -> MemoryProfile:
         Whatever `fn` raises; all hooks are removed then as well. RuntimeError in a backward inside `fn`, if a saved
         tensor was modified in place, as without the measurement.
     """
+    check_function("measure", fn)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
     allocated_bytes = sum(torch.cuda.memory_allocated(device) for device in devices)
     for device in devices:

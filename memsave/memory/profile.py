@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class MemoryProfile:
     by_category: dict[str, int]
     by_module: dict[str, int]
     phase: str
-    timeline: Timeline
+    timeline: Timeline = field(repr=False)
     allocator_peak_bytes: int | None = None
 
     def table(self, *, modules: int = 10) -> str:

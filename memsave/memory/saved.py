@@ -53,7 +53,15 @@ def saved_tensors_hooks(
         records = on_save(tensor)
         return SavedTensor(tensor, lambda: on_release(records))
 
+    pack.counts_only = True  # type: ignore[attr-defined]  # read by nn/note.py: what is saved here stays where it is
     return torch.autograd.graph.saved_tensors_hooks(pack, SavedTensor.unpack)
+
+
+def check_function(owner: str, fn: object) -> None:
+    """Raise TypeError if `fn` is a result instead of a function."""
+    if not callable(fn):
+        example = "such as lambda: model(**batch).loss"
+        raise TypeError(f"{owner}: expected a function without arguments, {example}, got {type(fn).__name__}")
 
 
 def saved_bytes(fn: Callable[[], object]) -> int:
@@ -83,8 +91,10 @@ def saved_bytes(fn: Callable[[], object]) -> int:
         Bytes.
 
     Raises:
+        TypeError: `fn` is no function.
         RuntimeError: in a backward inside `fn`, if a saved tensor was modified in place, as without the measurement.
     """
+    check_function("saved_bytes", fn)
     table = StorageTable()
     # (record, +bytes) when a storage starts to be kept and (record, -bytes) when its last handle goes; added up at the
     # end, because a saved weight may be known as one only after a later module has run.

@@ -7,15 +7,17 @@ in bf16, counted in its bytes), so this frees two of them per norm; `nn.LayerNor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
 from ..config import Guarantee, TargetedConfig
-from ..nn.converted import Converted, original_class, swap, unswap, why_not_in_place
+from ..nn.converted import Converted, original_class, swap, unswap, why_not_back, why_not_in_place
 from ..nn.linear import ConvertedLinear, is_linear
-from ..nn.norm import ConvertedLayerNorm, ConvertedRMSNorm, is_rms_norm, rms_norm_style
+from ..nn.norm import ConvertedLayerNorm, ConvertedRMSNorm
+from ..nn.rms_norm import is_rms_norm, rms_norm_style
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,16 @@ class RecomputeNormConfig(TargetedConfig):
             return f"the forward of {cls.__name__} agrees with no known RMSNorm formula"
         return None
 
+    def parts(self, module: nn.Module) -> Mapping[str, object]:
+        if not is_rms_norm(module):
+            return {}
+        return {"style": rms_norm_style(module), "style_float64": rms_norm_style(module, float64=True)}
+
     def convert(self, module: nn.Module) -> nn.Module:
         return swap(module, _mixin(module), self)
+
+    def why_not_restore(self, module: nn.Module) -> str | None:
+        return why_not_back(module)
 
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
         return unswap(module, self.name)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import ops
 from ..config import Guarantee, TargetedConfig
-from ..nn.converted import swap, unswap, why_not_in_place
+from ..nn.converted import swap, unswap, why_not_back, why_not_in_place
 from ..nn.linear import ConvertedLinear, is_linear
 from ..nn.rows import ESTIMATORS, KeepRows
 
@@ -69,6 +69,9 @@ class WTACRSConfig(TargetedConfig):
 
     def convert(self, module: nn.Module) -> nn.Module:
         return swap(module, ConvertedLinear, self)
+
+    def why_not_restore(self, module: nn.Module) -> str | None:
+        return why_not_back(module)
 
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
         return unswap(module, self.name)

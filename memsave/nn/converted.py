@@ -102,6 +102,15 @@ def why_not_in_place(module: nn.Module) -> str | None:
     return None
 
 
+def why_not_back(module: nn.Module) -> str | None:
+    """Say why the class of a converted `module` cannot be put back, or return None."""
+    if type(module) is not converted_class(module._memsave_mixin, original_class(module)):  # type: ignore[arg-type]
+        return f"its class was changed to {type(module).__name__} since (parametrize, fully_shard); undo that first"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance since (accelerate's hooks do that); undo that first"
+    return None
+
+
 def swap(module: nn.Module, mixin: type[Converted], config: Applied) -> nn.Module:
     """Give `module` the class `mixin` + its own, or add `config` to one that has it; returns `module`."""
     applied = {**module.__dict__.get("_memsave", {}), config.name: config}

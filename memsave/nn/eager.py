@@ -1,14 +1,26 @@
-"""When memsave's own forward may run, and under which autocast."""
+"""When memsave's own forward may run, under which autocast, and how often its backward can be differentiated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+
+def only_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The one tensor that `module` was called with; None where its original forward must see to the call.
+
+    That is so for several inputs, and for weights that are computed at each access (`torch.nn.utils.parametrize`).
+    """
+    inputs = (*args, *kwargs.values())
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or "parametrizations" in module._modules:
+        return None
+    return inputs[0]
 
 
 def plain(x: object) -> bool:
@@ -36,3 +48,23 @@ def autocast_now(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
     device = x.device.type
     enabled = torch.is_autocast_enabled(device)
     return partial(torch.autocast, device, torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=False)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose results raise an error when they are differentiated, instead of counting as constants.
+
+    torch's decorator of this name lets them pass as constants where the upstream gradient needs no gradient, although
+    they depend on the inputs and the weights.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        message = b"trying to differentiate twice through a module that memsave converted; restore_model it first"
+        stop = torch._C._functions.DelayedError(message, len(outputs))
+        return stop(*(None if t is None else t.detach().requires_grad_(True) for t in outputs))  # type: ignore[arg-type]
+
+    return checked

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from . import note as notes
 from .converted import Converted, original_class
-from .eager import no_autocast, plain
+from .eager import no_autocast, once_differentiable, only_input, plain
 from .note import Recipe
 from .rows import KeepRows, Sample, draw_sample, poison, sample_of
 
@@ -36,18 +35,20 @@ class ConvertedLinear(Converted):
 
     @property
     def _transposed(self) -> bool:
-        return self._memsave_base.__name__ == "Conv1D"
+        return not issubclass(self._memsave_base, nn.Linear)
 
     def _keep_rows(self, num_rows: int) -> KeepRows | None:
         """The `keep` part, where it would keep fewer than all rows of a training step."""
         keep: KeepRows | None = self._memsave_parts.get("keep")
-        sampling = keep is not None and self.training and self.weight.requires_grad  # type: ignore[attr-defined]
-        return keep if sampling and keep is not None and 0 < keep.num_rows(num_rows) < num_rows else None
+        if keep is None or not self.training or not self.weight.requires_grad:  # type: ignore[attr-defined]
+            return None
+        return keep if 0 < keep.num_rows(num_rows) < num_rows else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = only_input(self, args, kwargs)  # type: ignore[arg-type]
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if (plain(x) and not compiling) or not self._fits(x):
-            return super().forward(x)  # type: ignore[misc]
+        if x is None or (plain(x) and not compiling) or not self._fits(x):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         keep = self._keep_rows(prod(x.shape[:-1]))
         # Drawn in every training forward, also without gradients or when a sibling's sample is used: reentrant
         # checkpointing runs forward once without and once with gradients, and both must leave torch's random stream
@@ -64,7 +65,7 @@ class ConvertedLinear(Converted):
         note = notes.find(x)
         sample = None
         if keep is not None and seed is not None:
-            sample = sample_of(x, keep, seed, dtype, noted=note is not None)
+            sample = sample_of(id(self), x, keep, seed, dtype, noted=note is not None)
         elif note is None:
             return super().forward(x)  # type: ignore[misc]
         else:
@@ -152,9 +153,8 @@ class _Linear(torch.autograd.Function):
         *kept: Tensor,
     ) -> Tensor:
         ctx.transposed, ctx.dtype, ctx.shared = transposed, dtype, shared
-        ctx.x_dtype = x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(weight, *kept)
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
         with no_autocast(x):
             w = weight.to(dtype)
             return F.linear(x.to(dtype), w.t() if transposed else w, None if bias is None else bias.to(dtype))
@@ -163,17 +163,18 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])  # (N, O)
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        flat = dy.reshape(prod(dy.shape[:-1]), dy.shape[-1])  # (N, O)
         dx = dweight = dbias = None
         with no_autocast(dy):
             if ctx.needs_input_grad[0]:
                 w = weight.to(ctx.dtype)
-                dx = F.linear(dy, w if ctx.transposed else w.t()).to(ctx.x_dtype)
+                dx = F.linear(dy, w if ctx.transposed else w.t()).to(x_dtype)
             if ctx.needs_input_grad[1]:
                 dweight = _weight_grad(flat, ctx.dtype, ctx.shared, kept)
-                dweight = (dweight.t() if ctx.transposed else dweight).to(weight.dtype)
+                dweight = (dweight.t() if ctx.transposed else dweight).to(weight_dtype)
             if ctx.needs_input_grad[2]:
-                dbias = flat.sum(0).to(ctx.bias_dtype)
+                dbias = flat.sum(0).to(bias_dtype)
         return dx, dweight, dbias, *(None for _ in range(3 + len(kept)))
 
 

@@ -15,7 +15,10 @@ Shapes: y is (..., D); `rows` index the leading dimensions of y flattened to N.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -78,25 +81,55 @@ class Note:
     def __init__(self, output: Tensor, recipe: Recipe, tensors: Sequence[Tensor]) -> None:
         self.recipe = recipe
         self.tensors = tuple(tensors)
-        self._hook = top_hook()
-        self._versions = self._versions_with(output)
+        self._hook = HookMark()
+        self._state = self._state_with(output)
 
-    def _versions_with(self, output: Tensor) -> tuple[int, ...]:
-        return (output._version, *(t._version for t in self.tensors))
+    def _state_with(self, output: Tensor) -> tuple[object, ...]:
+        return tuple((t._version, t.untyped_storage()._cdata) for t in (output, *self.tensors))
 
     def holds(self, output: Tensor) -> bool:
         """Whether `output` can still be recomputed, here and now."""
-        return self._versions == self._versions_with(output) and same_hook(self._hook, top_hook())
+        return bool(self.tensors) and self._state == self._state_with(output) and self._hook.is_on_top()
+
+    def release(self) -> None:
+        """Forget the tensors; the note does not hold any more."""
+        self.tensors = ()
+
+
+class Releasable(Protocol):
+    def release(self) -> None: ...
+
+
+class Held:
+    """The last few notes or samples made under hooks that take saved tensors over: only these may hold tensors there.
+
+    Elsewhere autograd keeps the same tensors anyway. Under a checkpoint nobody does, and what it frees must not be held
+    by a note because the output lives on, say as the input of the next checkpoint. Readers follow closely, so few are
+    enough.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._last: deque[weakref.ref[Releasable]] = deque(maxlen=count)
+
+    def add(self, entry: Releasable) -> None:
+        """Hold `entry`, and release the oldest one, if a hook takes saved tensors over now."""
+        if not is_taken_over():
+            return
+        if len(self._last) == self._last.maxlen and (oldest := self._last[0]()) is not None:
+            oldest.release()
+        self._last.append(weakref.ref(entry))
 
 
 _notes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_held = Held(2)  # two, for layers that norm one input twice before they read either
 
 
 def attach(output: Tensor, recipe: Recipe, tensors: Sequence[Tensor]) -> None:
     """Attach a note to the tensor object `output`, unless nothing will be kept for its sake."""
     if output.grad_fn is None:
         return
-    _notes[output] = Note(output, recipe, tensors)
+    _notes[output] = written = Note(output, recipe, tensors)
+    _held.add(written)
     # Whoever holds the output after its backward must not hold what it was made from.
     reference = weakref.ref(output)
     output.grad_fn.register_prehook(lambda _: _forget(reference()))
@@ -123,21 +156,36 @@ def _same_rows(view: Tensor, base: Tensor) -> bool:
         and base.dim() > 0
         and view.shape[-1] == base.shape[-1]
         and view.dtype == base.dtype
+        and view.is_neg() == base.is_neg()
         and view.is_contiguous()
         and base.is_contiguous()
     )
 
 
-Hook = tuple[Callable[..., object], Callable[..., object]]
+class HookMark:
+    """Remembers the saved-tensors hooks on top, weakly: a checkpoint's hooks lead to all that it holds."""
+
+    def __init__(self) -> None:
+        self._hooks = tuple(_weak(hook) for hook in _top_hooks())
+
+    def is_on_top(self) -> bool:
+        """Whether a tensor saved for backward now would pass through the same hooks."""
+        top = _top_hooks()
+        return len(top) == len(self._hooks) and all(ref() == hook for ref, hook in zip(self._hooks, top, strict=True))
 
 
-def top_hook() -> Hook | None:
-    """The (pack, unpack) hooks that a tensor saved for backward now would pass through."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+def is_taken_over() -> bool:
+    """Whether a tensor saved for backward now goes to a hook that need not keep it (memsave's own counters do)."""
+    return any(not getattr(pack, "counts_only", False) for pack in _top_hooks()[:1])
 
 
-def same_hook(a: Hook | None, b: Hook | None) -> bool:
-    """Whether two results of `top_hook` are the same hooks."""
-    if a is None or b is None:
-        return a is b
-    return a[0] is b[0] and a[1] is b[1]
+def _top_hooks() -> tuple[Callable[..., object], ...]:
+    """The (pack, unpack) hooks on top, or ()."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) or ()
+
+
+def _weak(hook: Callable[..., object]) -> Callable[[], object]:
+    try:
+        return weakref.WeakMethod(hook) if isinstance(hook, MethodType) else weakref.ref(hook)
+    except TypeError:  # a callable without weak references holds no closure either
+        return lambda: hook

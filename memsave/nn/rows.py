@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
-from .note import Hook, same_hook, top_hook
+from .note import Held, HookMark
 
 ESTIMATORS = ("pps", "wta_crs", "crs")
 
@@ -77,28 +77,41 @@ def draw_sample(
 
 
 class Sample:
-    """One draw of rows, shared by all the linears that read the same tensor object."""
+    """One draw of rows, shared by all the linears that read the same tensor object in one forward.
 
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+    Attributes:
+        tensors: what `draw_sample` gave; None once it is released.
+        readers: ids of the linears that have used it. One that comes back runs another forward, and draws anew.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], made_under: HookMark, key: tuple[object, ...]) -> None:
         self.tensors: tuple[Tensor, ...] | None = tensors
+        self.readers: set[int] = set()
+        self._made_under = made_under
+        self._key = key
+
+    def serves(self, reader: int, key: tuple[object, ...]) -> bool:
+        """Whether this linear may use it, under the conditions in `key`."""
+        fresh = self.tensors is not None and reader not in self.readers
+        return fresh and self._key == key and self._made_under.is_on_top()
 
     def release(self) -> None:
         """Forget the tensors: a reader's backward has begun, so every reader has saved them by now."""
         self.tensors = None
 
 
-_Key = tuple[KeepRows, torch.dtype, bool, int]
 _samples: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_held = Held(1)
 
 
-def sample_of(x: Tensor, keep: KeepRows, seed: Tensor, dtype: torch.dtype, *, noted: bool) -> Sample:
+def sample_of(reader: int, x: Tensor, keep: KeepRows, seed: Tensor, dtype: torch.dtype, *, noted: bool) -> Sample:
     """The sample of the tensor object x (..., D): a sibling's from the same conditions, or a new one by `seed`."""
     key = (keep, dtype, noted, x._version)
-    hook = top_hook()
-    found: tuple[_Key, Hook | None, Sample] | None = _samples.get(x)
-    if found is not None and found[0] == key and same_hook(found[1], hook) and found[2].tensors is not None:
-        return found[2]
-    with torch.no_grad():
-        sample = Sample(draw_sample(x.detach().reshape(-1, x.shape[-1]), keep, seed, dtype, noted=noted))
-    _samples[x] = (key, hook, sample)
+    sample: Sample | None = _samples.get(x)
+    if sample is None or not sample.serves(reader, key):
+        with torch.no_grad():
+            tensors = draw_sample(x.detach().reshape(-1, x.shape[-1]), keep, seed, dtype, noted=noted)
+        sample = _samples[x] = Sample(tensors, HookMark(), key)
+        _held.add(sample)
+    sample.readers.add(reader)
     return sample

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,3 +276,12 @@ def test_an_output_that_is_no_folder_is_refused(
 def test_a_result_holds_only_plain_data() -> None:
     result = made_up("plain", 1, 1, 1, 1)
     assert json.loads(json.dumps(dataclasses.asdict(result)))["profile"]["phase"] == "backward"
+
+
+def test_the_readme_shows_a_committed_run() -> None:
+    """Its table and its sentences are those of benchmarks/results/cpu/demo.json, a run of `make demo`."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "demo.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table([SimpleNamespace(**result) for result in report["results"]]) in readme  # type: ignore[misc]
+    words = " ".join(readme.split())
+    assert [sentence for sentence in report["in_words"] if sentence not in words] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ HIDDEN_BYTES = ROWS * WIDE * FLOAT_BYTES
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(NARROW, WIDE), nn.ReLU(), nn.Linear(WIDE, 4))
+
+
+@pytest.mark.parametrize("count", [saved_bytes, measure])
+def test_a_result_instead_of_a_function_is_an_error(count: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match="expected a function without arguments, such as lambda.*, got Tensor"):
+        count(torch.zeros(1))
 
 
 def test_linear_relu_chain_keeps_its_input_and_one_hidden_tensor() -> None:

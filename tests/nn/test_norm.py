@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memsave
-from memsave.nn.norm import Style, rms_norm_style
+from memsave.nn.rms_norm import Style, rms_norm_style
 
 from .helpers import HFStyleRMSNorm, assert_same, converted, gradients
 
@@ -102,7 +103,67 @@ def test_recognizing_a_style_leaves_the_random_state_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("cls", [GatedRMSNorm, CenteredRMSNorm])
+class OptionallyGatedRMSNorm(HFStyleRMSNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        y = super().forward(hidden_states)
+        return y if gate is None else y * gate
+
+
+class OtherEpsRMSNorm(HFStyleRMSNorm):
+    """Its eps has a name that is not looked for."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.norm_eps = self.__dict__.pop("variance_epsilon")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.norm_eps)
+
+
+class OutsideEpsRMSNorm(HFStyleRMSNorm):
+    """Adds eps outside of the root, which shows in small rows only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x.float() / (x.float().pow(2).mean(-1, keepdim=True).sqrt() + 1e-6)).to(x.dtype)
+
+
+class ChannelRMSNorm(HFStyleRMSNorm):
+    """Normalizes over the first dimension but one, which is the last one only of matrices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+
+
+def test_the_verdict_belongs_to_modules_with_equal_attributes() -> None:
+    class GroupedRMSNorm(HFStyleRMSNorm):
+        groups = 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.float().unflatten(-1, (self.groups, -1))
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            return self.weight * wide.flatten(-2).to(x.dtype)
+
+    one, two = make(GroupedRMSNorm), make(GroupedRMSNorm)
+    two.groups = 2
+    assert rms_norm_style(one) is Style.CAST_THEN_SCALE
+    assert rms_norm_style(two) is None
+
+
+def test_styles_are_recognized_under_other_default_devices_and_modes() -> None:
+    with torch.device("meta"):
+        assert rms_norm_style(HFStyleRMSNorm(WIDTH + 3)) is Style.CAST_THEN_SCALE
+    with FakeTensorMode():
+        assert rms_norm_style(HFStyleRMSNorm(WIDTH + 5)) is Style.CAST_THEN_SCALE
+
+
+UNKNOWN = [
+    *(GatedRMSNorm, OptionallyGatedRMSNorm, CenteredRMSNorm),
+    *(OtherEpsRMSNorm, OutsideEpsRMSNorm, ChannelRMSNorm),
+]
+
+
+@pytest.mark.parametrize("cls", UNKNOWN)
 def test_a_forward_of_another_kind_is_left_alone_and_named(cls: type[nn.Module]) -> None:
     model = nn.Sequential(make(cls), nn.Linear(WIDTH, 2))
     report = memsave.convert_model(model)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import memsave
-from memsave.nn import note
+from memsave.nn import note, rows
 
 from .helpers import Block, HFStyleRMSNorm, assert_same, converted, gradients
 
@@ -125,6 +126,15 @@ def test_a_note_from_outside_a_hook_is_not_used_inside(x: Tensor) -> None:
         inner = ours.norm(x)
         assert note.find(inner) is not None
     assert note.find(inner) is None
+
+
+def test_an_output_whose_data_was_swapped_has_no_note(x: Tensor) -> None:
+    _, ours = blocks(nn.RMSNorm)
+    y = ours.norm(x)
+    y.data = torch.zeros_like(y)
+    assert note.find(y) is None
+    y = ours.norm(x)
+    assert note.find(y) is not None and note.find(torch._neg_view(y)) is None
 
 
 def test_which_tensors_count_as_the_output(x: Tensor) -> None:
@@ -308,9 +318,88 @@ def test_functorch_export_and_forward_mode_run_the_plain_modules(x: Tensor) -> N
         assert_same([torch.export.export(ours, (x,)).module()(x)], [plain(x)])
 
 
-def test_second_derivatives_raise_instead_of_being_wrong(x: Tensor) -> None:
-    _, ours = blocks(HFStyleRMSNorm)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", [lambda y: y.square().sum(), lambda y: y.sum()], ids=["square", "linear"])
+def test_second_derivatives_raise_instead_of_being_wrong(
+    norm: type[nn.Module], loss: Callable[[Tensor], Tensor], x: Tensor
+) -> None:
+    """Also where the upstream gradient is a constant, as that of a sum is."""
+    _, ours = blocks(norm)
     x.requires_grad_(True)
-    (grad,) = torch.autograd.grad(ours(x).square().sum(), [x], create_graph=True)
+    (grad,) = torch.autograd.grad(loss(ours.v(ours.norm(x))), [x], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_modules_are_called_by_keyword_and_with_computed_weights_as_before(norm: type[nn.Module], x: Tensor) -> None:
+    plain, ours = blocks(norm)
+    keyword = "hidden_states" if norm is HFStyleRMSNorm else "input" if norm is nn.LayerNorm else "x"
+    assert torch.equal(ours.norm(**{keyword: x}), plain.norm(**{keyword: x}))
+    assert torch.equal(ours.q(input=x), plain.q(input=x))
+    calls: list[int] = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(1)
+            return weight * 2
+
+    for module in (ours.norm, ours.q):
+        parametrize.register_parametrization(module, "weight", Counted())
+        calls.clear()
+        module(x)
+        assert len(calls) == 1
+    replicas = [model.norm._replicate_for_data_parallel() for model in blocks(norm)]
+    for replica in replicas:
+        for name, value in plain.norm.named_parameters():
+            setattr(replica, name, value * 3)
+    assert torch.equal(replicas[1](x), replicas[0](x))
+
+
+def test_a_norm_uses_the_weight_that_the_module_shows(x: Tensor) -> None:
+    """Pruning and DataParallel replicas hold it as a plain attribute."""
+    plain, ours = blocks(nn.RMSNorm)
+    for norm in (plain.norm, ours.norm):
+        prune.l1_unstructured(norm, "weight", 0.5)
+        nn.init.constant_(norm.weight_orig, 3.0)
+    assert torch.equal(ours.norm(x), plain.norm(x))
+
+
+def test_under_checkpoints_notes_do_not_keep_the_norms_inputs(x: Tensor) -> None:
+    """The output of a checkpointed block that ends with a norm lives on as the input of the next one."""
+    blocks_ = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)) for _ in range(5)]
+    model = converted(nn.Sequential(*blocks_))
+    inputs: list[weakref.ref[torch.UntypedStorage]] = []
+    for block in model:
+        block[1].register_forward_pre_hook(lambda _m, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    h = x.requires_grad_(True)
+    for block in model:
+        h = checkpoint(block, h, use_reentrant=False)
+    gc.collect()
+    assert [ref() is not None for ref in inputs] == [False, False, False, True, True]
+    h.sum().backward()
+
+
+def test_checkpoint_hooks_are_not_held_by_notes_and_samples(x: Tensor) -> None:
+    """A checkpoint's hooks lead to the tensors that notes are looked up by: holding them would leak both."""
+    _, ours = blocks(nn.RMSNorm)
+    memsave.convert_model(ours, memsave.WTACRSConfig(min_rows=1, target_modules=r".*"))
+    alive = []
+    for _ in range(2):
+        h = x.clone().requires_grad_(True) * 1.0
+        out = checkpoint(lambda h: ours.q(h) + ours.v(ours.norm(h)), h, use_reentrant=False)
+        alive.append(weakref.ref(h))
+        del h, out
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    assert len(note._notes) == 0 and len(rows._samples) == 0
+
+
+def test_a_linear_that_is_only_named_like_conv1d_is_a_linear(x: Tensor) -> None:
+    class Conv1D(nn.Linear):
+        """A pointwise convolution."""
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.LayerNorm(WIDTH), Conv1D(WIDTH, WIDTH))
+    ours = converted(plain)
+    assert_same(gradients(ours, ours, x), gradients(plain, plain, x))

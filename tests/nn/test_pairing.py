@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import memsave
 from memsave import ops
+from memsave.nn import rows
 
 from .helpers import assert_same, converted, gradients
 
@@ -172,3 +173,52 @@ def test_compiled_for_changing_lengths(autocast: bool) -> None:
         exact = range(len(expected)) if n == 5 else (0, 2, 4)
         assert_same([actual[i] for i in exact], [expected[i] for i in exact], ulps=2**17 if autocast else 32)
         assert torch.isfinite(actual[1]).all() and not (n > 5 and torch.equal(actual[1], expected[1]))
+
+
+def test_a_forward_without_backward_leaves_no_draw_to_reuse() -> None:
+    torch.manual_seed(0)
+    model = converted(nn.Sequential(nn.Linear(8, 8)), memsave.WTACRSConfig(min_rows=1, target_modules=r".*"))
+    x = torch.randn(40, 8)
+
+    def seeded(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return model(x)
+
+    def weight_grad() -> Tensor:
+        model.zero_grad()
+        seeded(x).sum().backward()
+        assert model[0].weight.grad is not None
+        return model[0].weight.grad
+
+    expected = weight_grad().clone()
+    model(x)
+    x.data.mul_(2)  # a static input buffer, refilled in a way that autograd does not see
+    assert_same([weight_grad()], [2 * expected])
+
+
+def test_under_checkpoints_only_the_last_sample_is_held() -> None:
+    """Else the rows of every checkpoint's input would be kept between forward and backward."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8) for _ in range(3)]
+    model = converted(nn.Sequential(*layers), memsave.WTACRSConfig(min_rows=1, target_modules=r".*"))
+    inputs = [torch.randn(40, 8, requires_grad=True)]
+    for layer in model:
+        inputs.append(checkpoint(layer, inputs[-1], use_reentrant=False))
+    held = [rows._samples[x].tensors is not None for x in inputs[:-1]]
+    assert held == [False, False, True]
+    inputs[-1].sum().backward()
+
+
+def test_measuring_does_not_change_which_draws_are_shared() -> None:
+    torch.manual_seed(0)
+    model = converted(
+        nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)]),
+        memsave.WTACRSConfig(keep_ratio=0.5, min_rows=1, target_modules=r".*"),
+    )
+    x, other = torch.randn(40, 8), torch.randn(40, 8)
+
+    def run() -> Tensor:
+        first = model[0](x)
+        return first + model[1](other) + model[2](x)  # the last one shares the first one's sample
+
+    assert memsave.saved_bytes(run) == 2 * (20 * (4 * 8 + 8) + 4 * 8)

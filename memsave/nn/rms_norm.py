@@ -1,0 +1,157 @@
+"""RMSNorm as plain functions, and recognizing which RMSNorm a module computes.
+
+x is (..., D), N rows; weight (D,); rstd (..., 1) = 1 / sqrt(mean(x^2) + eps), fp32 (fp64 for fp64); xhat = x * rstd.
+Zhang and Sennrich 2019, arXiv 1910.07467.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from enum import Enum
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .converted import original_class
+
+
+class Style(str, Enum):
+    """Where RMSNorms round to the input's dtype and how they apply the weight; xhat = x * rstd in fp32."""
+
+    CAST_THEN_SCALE = "weight * cast(xhat)"
+    CAST_TO_WEIGHT = "weight * xhat, cast to the weight's dtype if that is a half type"
+    SCALE_THEN_CAST = "cast(weight * xhat)"
+    ONE_PLUS = "cast((1 + weight) * xhat)"
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, style: Style, double: bool) -> tuple[Tensor, Tensor]:
+    """y (..., D) and rstd (..., 1) of RMSNorm in the given style.
+
+    Statistics are fp32, and fp64 for fp64 inputs where `double`; without eps it is the machine epsilon of their dtype.
+    """
+    wide = x.to(torch.float64 if double and x.dtype == torch.float64 else torch.float32)
+    eps = torch.finfo(wide.dtype).eps if eps is None else eps
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    xhat = wide * rstd
+    if weight is None:
+        return xhat.to(x.dtype), rstd
+    if style is Style.CAST_THEN_SCALE:
+        return weight * xhat.to(x.dtype), rstd
+    if style is Style.CAST_TO_WEIGHT:
+        return weight * (xhat.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else xhat), rstd
+    scale = weight if style is Style.SCALE_THEN_CAST else 1.0 + weight.to(wide.dtype)
+    return (scale * xhat).to(x.dtype), rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: Style
+) -> tuple[Tensor, Tensor | None]:
+    """dx (..., D) and dweight (D,) of RMSNorm."""
+    xhat = x.to(rstd.dtype) * rstd
+    dy = dy.to(rstd.dtype)
+    dweight = None
+    dxhat = dy
+    if weight is not None:
+        dweight = (dy * xhat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        scale = weight.to(rstd.dtype) + (1.0 if style is Style.ONE_PLUS else 0.0)
+        dxhat = dy * scale
+    dx = (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)).mul_(rstd)
+    return dx.to(x.dtype), dweight
+
+
+def eps_of(module: nn.Module) -> float | None:
+    """The module's eps under whichever name it has; None where it has none, or `nn.RMSNorm`'s None."""
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        value = getattr(module, name, None)
+        if isinstance(value, Real):
+            return float(value)
+    return None
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether `module` looks like an RMSNorm: its class's name, and at most one parameter, a 1-D `weight`."""
+    cls = original_class(module)
+    named = "RMSNorm" in cls.__name__ or cls.__name__.endswith("T5LayerNorm")
+    weight = module._parameters.get("weight")
+    alone = set(module._parameters) <= {"weight"} and not module._buffers and not module._modules
+    return cls is nn.RMSNorm or (named and alone and (weight is None or weight.dim() == 1))
+
+
+_styles: dict[tuple[object, ...], Style | None] = {}
+_COMMON = frozenset(nn.Module().__dict__)
+
+
+def rms_norm_style(module: nn.Module, *, float64: bool = False) -> Style | None:
+    """Which style the module's original forward computes, found by running it on a few random rows; None if none fits.
+
+    Most RMSNorms compute in fp32 whatever they are given, but not all: for fp64 inputs (`float64`) the verdict may
+    differ.
+
+    The verdict is remembered for modules of one class with equal attributes. The module, its weight's values and
+    torch's random state are not touched, so this works on meta, fake and sharded weights, too.
+    """
+    cls = original_class(module)
+    if cls is nn.RMSNorm:
+        return Style.SCALE_THEN_CAST if module.eps is None or isinstance(module.eps, Real) else None
+    if eps_of(module) is None or not _takes_one_input(cls.forward):
+        return None
+    weight = module._parameters.get("weight")
+    own = {k: v for k, v in module.__dict__.items() if k not in _COMMON and not k.startswith("_memsave")}
+    remember = all(isinstance(v, (str, Real, torch.dtype)) for v in own.values())
+    shape = None if weight is None else (weight.shape, weight.dtype)
+    key = (cls, float64, shape, *sorted(own.items(), key=lambda item: item[0]))
+    if not remember or key not in _styles:
+        style = _probe(module, cls.forward, weight, (torch.float64,) if float64 else (torch.float32, torch.bfloat16))
+        if not remember:
+            return style
+        _styles[key] = style
+    return _styles[key]
+
+
+def _takes_one_input(forward: Callable[..., object]) -> bool:
+    return len(inspect.signature(forward).parameters) == 2  # self, and the input
+
+
+_MAGNITUDES = (3.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)  # so that eps counts in some rows
+
+
+@torch.no_grad()
+def _probe(
+    module: nn.Module, forward: Callable[..., Any], weight: Tensor | None, dtypes: tuple[torch.dtype, ...]
+) -> Style | None:
+    """Compare `forward` with every style on random rows of several magnitudes and shapes, in every one of `dtypes`."""
+    with _disable_current_modes(), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        width = 64 if weight is None else weight.shape[0]
+        rows = torch.randn(8, width, generator=generator) * torch.tensor(_MAGNITUDES)[:, None]
+        inputs = [x for part in (rows, rows.view(2, 4, width)) for x in map(part.to, dtypes)]
+        random = torch.randn(width, generator=generator)
+        fitting = set(Style)
+        for dtype in {*dtypes, dtypes[0] if weight is None else weight.dtype}:
+            stand_in = module.__class__.__new__(module.__class__)
+            stand_in.__dict__.update(module.__dict__)
+            if weight is not None:
+                stand_in.__dict__["_parameters"] = {"weight": nn.Parameter(random.to(dtype), requires_grad=False)}
+            fitting = {s for s in fitting if all(_agrees(stand_in, forward, x, s) for x in inputs)}
+    return next((style for style in Style if style in fitting), None)
+
+
+def _agrees(module: nn.Module, forward: Callable[..., Any], x: Tensor, style: Style) -> bool:
+    """Whether `forward` gives this style's output: same dtype and shape, and rounded alike (a rare last bit aside)."""
+    try:
+        expected = forward(module, x)
+    except (TypeError, RuntimeError, AttributeError, ValueError, IndexError):
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != x.shape:
+        return False
+    y, _ = rms_norm(x, module._parameters.get("weight"), eps_of(module), style, double=False)
+    if y.dtype != expected.dtype:
+        return False
+    error, size = (y.double() - expected.double()).abs(), expected.double().abs()
+    close = (error.amax(-1) <= 4 * torch.finfo(y.dtype).eps * size.amax(-1)).all()
+    rounded_alike = (y != expected).float().mean() < 0.01 or y.dtype == torch.float32
+    return bool(close and rounded_alike)
