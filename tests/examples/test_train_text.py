@@ -24,6 +24,7 @@ import matplotlib.image
 import train_text
 from comparison import COLORS, Result, in_words, table
 
+import memsave
 from memsave.memory.profile import MemoryProfile, Timeline
 
 ROOT = Path(__file__).parents[2]
@@ -283,5 +284,6 @@ def test_the_readme_shows_a_committed_run() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "demo.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table([SimpleNamespace(**result) for result in report["results"]]) in readme  # type: ignore[misc]
+    assert str(memsave.convert_model(train_text.build_model("small", 256, 0))) in readme
     words = " ".join(readme.split())
     assert [sentence for sentence in report["in_words"] if sentence not in words] == []
