@@ -144,7 +144,7 @@ def _agrees(module: nn.Module, forward: Callable[..., Any], x: Tensor, style: St
     """Whether `forward` gives this style's output: same dtype and shape, and rounded alike (a rare last bit aside)."""
     try:
         expected = forward(module, x)
-    except (TypeError, RuntimeError, AttributeError, ValueError, IndexError):
+    except Exception:  # a forward of another kind may fail in any way on this input: then it is none of these
         return False
     if not isinstance(expected, Tensor) or expected.shape != x.shape:
         return False
