@@ -60,3 +60,16 @@ def test_sampling_keeps_rows_of_what_no_norm_made_and_no_rows_of_what_one_made()
     draws = 4 * 8 * rows + 4 * (3 * D + F) / TOKENS  # q/k/v, o, gate/up, down: index and scale of each row, poison
     added_for_o_proj = 4 * D * rows  # its input stays with SDPA, too
     assert saved >= 4 * F * (1 - rows) - draws - added_for_o_proj - 1e-9
+
+
+def test_only_the_input_of_down_proj_is_worth_sampling_for_its_bytes() -> None:
+    """The norms' outputs are recomputed anyway, and attention keeps o_proj's input: sampling these frees nothing."""
+
+    def kept(targets: list[str]) -> float:
+        config = memsave.WTACRSConfig(keep_ratio=0.25, min_rows=1, target_modules=targets)
+        return kept_per_layer(memsave.RecomputeNormConfig(), config)
+
+    down = kept(["down_proj"])
+    assert down < kept_per_layer(memsave.RecomputeNormConfig())
+    assert down <= kept(["down_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+    assert down < kept(["down_proj", "o_proj"])

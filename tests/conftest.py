@@ -1,0 +1,26 @@
+"""Fixtures of the tests of the rewriter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+
+from .snapshot import snapshot
+
+
+@pytest.fixture
+def unchanged() -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """Remembers models; at the end of the test each must be as it was."""
+    seen: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def remember(model: nn.Module) -> nn.Module:
+        seen.append((model, snapshot(model)))
+        return model
+
+    yield remember
+    assert seen
+    for model, before in seen:
+        assert snapshot(model) == before
