@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from .errors import (
         ConflictError,
         ConversionError,
+        EstimateError,
         MemsaveError,
         NoMatchError,
         NotAModelError,
         RestoreError,
         UnsupportedModelError,
     )
-    from .memory import MemoryProfile, measure, saved_bytes
+    from .memory import MemoryProfile, estimate, measure, saved_bytes
     from .methods import RecomputeNormConfig, WTACRSConfig
     from .ops import backends
     from .report import Report
@@ -40,13 +41,14 @@ _PLACES = {
     "errors": (
         "ConflictError",
         "ConversionError",
+        "EstimateError",
         "MemsaveError",
         "NoMatchError",
         "NotAModelError",
         "RestoreError",
         "UnsupportedModelError",
     ),
-    "memory": ("MemoryProfile", "measure", "saved_bytes"),
+    "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
     "methods": ("RecomputeNormConfig", "WTACRSConfig"),
     "ops": ("backends",),
     "report": ("Report",),
@@ -56,6 +58,7 @@ _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = [
     "ConflictError",
     "ConversionError",
+    "EstimateError",
     "Guarantee",
     "MemoryProfile",
     "MemsaveError",
@@ -69,6 +72,7 @@ __all__ = [
     "WTACRSConfig",
     "backends",
     "convert_model",
+    "estimate",
     "measure",
     "restore_model",
     "saved_bytes",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -23,25 +23,12 @@ from .errors import (
     UnsupportedModelError,
     raise_all,
 )
-from .report import NOT_A_MODEL, Report, Skip, group_rows, group_skips, groups, pattern
+from .report import NOT_A_MODEL, Estimate, Report, Skip, group_rows, group_skips, groups, pattern
 from .targets import Named, base_class, entries_of, missed_exclusions, missed_target
+from .wrappers import wrapping
 
 _UNCHANGED = "The model was not changed."
 _IS_ROOT = "it is the model itself, whose class never changes; put it in a container"
-_WRAPPERS = {
-    "DistributedDataParallel": "convert or restore the model before wrapping it",
-    "DataParallel": "convert or restore the model before wrapping it",
-    "FullyShardedDataParallel": "convert or restore the model before wrapping it",
-    "FSDPModule": "convert or restore the model before fully_shard",
-    "OptimizedModule": "convert or restore the model before torch.compile",
-    "ScriptModule": "a scripted module has no Python forward to convert",
-    "DeepSpeedEngine": "convert or restore the model before deepspeed.initialize",
-}
-_INSIDE = {
-    "DistributedDataParallel": "model.module",
-    "DataParallel": "model.module",
-    "OptimizedModule": "model._orig_mod",
-}
 
 
 class _Change(NamedTuple):
@@ -64,7 +51,11 @@ def applied_configs(module: nn.Module) -> dict[str, MethodConfig]:
 
 
 def convert_model(
-    model: nn.Module, configs: MethodConfig | Sequence[MethodConfig] | None = None, *, dry_run: bool = False
+    model: nn.Module,
+    configs: MethodConfig | Sequence[MethodConfig] | None = None,
+    *,
+    batch: Any = None,
+    dry_run: bool = False,
 ) -> Report:
     """Convert `model` in place and return a report; the result is not the model.
 
@@ -72,9 +63,12 @@ def convert_model(
         model: any module that is not wrapped (DDP, FSDP, compiled) yet. Parameters stay the same objects unless a
             method says otherwise, so an optimizer made before goes on working.
         configs: one config or several; None applies every method whose guarantee is exact and whose `default` is set.
+        batch: what the model is called with, as `memsave.estimate` takes it. The report then has the bytes that
+            forward and backward need before and after, predicted by fake tensors.
         dry_run: plan and report without changing anything.
 
     Raises:
+        EstimateError: the step on `batch` cannot be predicted; see `memsave.estimate`.
         NoMatchError: a target matches nothing, or nothing that its method converts.
         ConflictError: two configs set the same part of one module differently, also across calls.
         UnsupportedModelError: the model is wrapped, or cannot be converted for a reason that is named.
@@ -91,10 +85,23 @@ def convert_model(
         already=group_rows(plan.already, kinds),
         skipped=_skipped(modules, plan, wanted),
         devices=tuple(sorted({str(p.device) for p in model.parameters()})),
+        estimate=None if batch is None else _estimate(model, configs, batch),
     )
     if not dry_run:
         _apply(model, plan.changes)
     return report
+
+
+def _estimate(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig] | None, batch: Any) -> Estimate:
+    from .memory.estimating import estimate_change
+
+    before, after = estimate_change(model, batch, lambda copy: convert_model(copy, configs))
+    return Estimate(
+        kept_bytes=(before.saved_bytes, after.saved_bytes),
+        peak_bytes=(before.peak_bytes, after.peak_bytes),
+        phase=(before.phase, after.phase),
+        recomputed=tuple(after.recomputed_modules),
+    )
 
 
 def restore_model(
@@ -188,14 +195,8 @@ def _check_model(model: nn.Module, function: str) -> None:
         instance = f"an instance of {type(model).__name__}"
         got = f"the class {model.__name__}, not an instance" if isinstance(model, type) else instance
         raise TypeError(f"{function}: expected a torch.nn.Module, got {got}. Nothing was changed.")
-    for name, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS:
-                where = f"its submodule {name!r}" if name else "the model"
-                advice = _WRAPPERS[cls.__name__]
-                if not name and cls.__name__ in _INSIDE:
-                    advice += f", or pass the module inside: {_INSIDE[cls.__name__]}"
-                raise UnsupportedModelError(f"{where} is wrapped in {cls.__name__}: {advice}. {_UNCHANGED}")
+    if reason := wrapping(model):
+        raise UnsupportedModelError(f"{reason}. {_UNCHANGED}")
 
 
 def _names_by_module(model: nn.Module) -> list[Named]:

@@ -28,6 +28,10 @@ class RestoreError(MemsaveError, ValueError):
     """The model cannot be restored in the way that was asked for."""
 
 
+class EstimateError(MemsaveError, ValueError):
+    """A training step could not be predicted: the batch, the loss or the optimizer fails, or values are needed."""
+
+
 class NotAModelError(MemsaveError, AttributeError, TypeError):
     """A report was used as if it were the converted model."""
 

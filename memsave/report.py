@@ -46,6 +46,41 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """The predicted bytes of forward and backward on one batch, each before and after the conversion.
+
+    Attributes:
+        kept_bytes: most kept for backward at one moment.
+        peak_bytes: the peak of all live tensors; optimizer states are not in it.
+        phase: when the peak is.
+        recomputed: modules whose forward runs again in backward, by activation checkpointing.
+    """
+
+    kept_bytes: tuple[int, int]
+    peak_bytes: tuple[int, int]
+    phase: tuple[str, str]
+    recomputed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from .memory.profile import format_bytes
+
+        rows = [
+            (title, format_bytes(before), "->", format_bytes(after), f"{after / max(before, 1):.2f}x", note)
+            for title, (before, after), note in (
+                ("kept for backward", self.kept_bytes, ""),
+                ("peak", self.peak_bytes, f"in {self.phase[1]}"),
+            )
+        ]
+        lines = ["estimated for forward and backward on this batch:", *_aligned(rows)]
+        if self.recomputed:
+            lines.append(
+                f"activation checkpointing is on: {len(self.recomputed)} modules run again in backward, so what they "
+                "keep lives only then, and converting them saves little; without checkpointing it saves more"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Report:
     """What `convert_model` or `restore_model` did. `print(report)` shows a table; it is not the model.
 
@@ -55,6 +90,7 @@ class Report:
         already: groups that were in that state before; nothing was done to them.
         skipped: groups that hold parameters and were left as they are.
         devices: the devices of the parameters.
+        estimate: what the conversion changes in bytes, if `convert_model` was given a batch.
     """
 
     action: str
@@ -62,6 +98,7 @@ class Report:
     already: tuple[Row, ...] = ()
     skipped: tuple[Skip, ...] = ()
     devices: tuple[str, ...] = field(default=())
+    estimate: Estimate | None = None
 
     @property
     def count(self) -> int:
@@ -87,6 +124,8 @@ class Report:
         if self.skipped:
             lines.append("left as they are (share of the parameter bytes):")
             lines += _aligned([(f"{s.share:.1%}", s.modules, f"x{s.count}", s.kind, s.reason) for s in self.skipped])
+        if self.estimate:
+            lines.append(str(self.estimate))
         return "\n".join(lines)
 
     __repr__ = __str__

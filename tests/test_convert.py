@@ -268,11 +268,11 @@ def fully_shard(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (nn.DataParallel, "wrapped in DataParallel: convert or restore the model before wrapping it"),
-        (DistributedDataParallel, "wrapped in DistributedDataParallel: convert or restore the model before wrapping"),
-        (FullyShardedDataParallel, "wrapped in FullyShardedDataParallel: convert or restore the model before wrapping"),
-        (fully_shard, "wrapped in FSDPModule: convert or restore the model before fully_shard"),
-        (torch.compile, "wrapped in OptimizedModule: convert or restore the model before torch.compile"),
+        (nn.DataParallel, "wrapped in DataParallel: convert, restore or estimate the model before wrapping it"),
+        (DistributedDataParallel, "wrapped in DistributedDataParallel: convert, restore or estimate the model before wrapping"),
+        (FullyShardedDataParallel, "wrapped in FullyShardedDataParallel: convert, restore or estimate the model before wrapping"),
+        (fully_shard, "wrapped in FSDPModule: convert, restore or estimate the model before fully_shard"),
+        (torch.compile, "wrapped in OptimizedModule: convert, restore or estimate the model before torch.compile"),
         (
             lambda model: torch.jit.trace(model, torch.ones(1, 4)),
             "wrapped in ScriptModule: a scripted module has no Python forward",

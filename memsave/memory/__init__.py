@@ -1,7 +1,8 @@
-"""Measuring memory: bytes kept for backward, and the peak of a real run by category, module and time."""
+"""Measuring memory: bytes kept for backward, and the peak of a real or predicted step by category, module and time."""
 
+from .estimating import estimate
 from .measuring import measure
 from .profile import MemoryProfile, Timeline
 from .saved import saved_bytes
 
-__all__ = ["MemoryProfile", "Timeline", "measure", "saved_bytes"]
+__all__ = ["MemoryProfile", "Timeline", "estimate", "measure", "saved_bytes"]

@@ -45,4 +45,6 @@ def measure(fn: Callable[[], object]) -> MemoryProfile:
     with StorageTracker() as tracker:
         fn()
     allocator_peak_bytes = sum(torch.cuda.max_memory_allocated(device) for device in devices) - allocated_bytes
-    return build_profile(tracker.existing, tracker.events, allocator_peak_bytes if devices else None)
+    return build_profile(
+        tracker.existing, tracker.events, allocator_peak_bytes if devices else None, tracker.recomputed
+    )

@@ -52,6 +52,8 @@ class MemoryProfile:
         timeline: live bytes over time.
         allocator_peak_bytes: on CUDA, the peak of torch's allocator on all devices minus what it held at the start: to
             compare with `peak_bytes - baseline_bytes`. None without CUDA.
+        recomputed_modules: the outermost modules whose forward ran again in backward, by activation checkpointing: what
+            they keep then is not in `saved_bytes`.
     """
 
     peak_bytes: int
@@ -62,6 +64,7 @@ class MemoryProfile:
     phase: str
     timeline: Timeline = field(repr=False)
     allocator_peak_bytes: int | None = None
+    recomputed_modules: list[str] = field(default_factory=list)
 
     def table(self, *, modules: int = 10) -> str:
         """The profile as aligned text: totals, the peak by category, and the `modules` largest modules."""

@@ -34,14 +34,17 @@ class Point(NamedTuple):
 
 
 def build_profile(
-    existing: Iterable[tuple[Record, int]], events: list[Event], allocator_peak_bytes: int | None
+    existing: Iterable[tuple[Record, int]],
+    events: list[Event],
+    allocator_peak_bytes: int | None,
+    recomputed: Iterable[str] = (),
 ) -> MemoryProfile:
     """The profile of a run.
 
     Args:
         existing: the storages that existed before, each with its size at the start.
         events: what happened, in order.
-        allocator_peak_bytes: passed on.
+        allocator_peak_bytes, recomputed: passed on.
     """
     existing = [(record, size) for record, size in existing if record.counted]
     events = [event for event in events if event.record.counted]
@@ -62,6 +65,7 @@ def build_profile(
         phase=peak.phase,
         timeline=_timeline(_thin(points)),
         allocator_peak_bytes=allocator_peak_bytes,
+        recomputed_modules=list(dict.fromkeys(recomputed)),
     )
 
 

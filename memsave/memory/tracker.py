@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from .replay import Event
 from .saved import saved_tensors_hooks
 from .storages import Record, Storage, StorageTable, is_wrapper, nbytes, storages_of, tensors_in
 
+_READS_DEVICE = torch.ops.prim.device.default  # autograd asks every fake tensor by this op
+
 
 class StorageTracker(TorchDispatchMode):
     """Writes down, while it is entered, what happens to every storage.
@@ -29,6 +31,7 @@ class StorageTracker(TorchDispatchMode):
     Attributes:
         events: what happened, in order.
         existing: the storages that existed before, with their sizes when first seen.
+        recomputed: names of the modules whose forward backward ran again, without those inside them.
     """
 
     supports_higher_order_operators = True
@@ -37,6 +40,7 @@ class StorageTracker(TorchDispatchMode):
         super().__init__()
         self.events: list[Event] = []
         self.existing: list[tuple[Record, int]] = []
+        self.recomputed: list[str] = []
         self._table = StorageTable(self._on_free)
         self._modules = ModuleNames()
         self._grads_at_start: Any = WeakIdKeyDictionary()
@@ -45,11 +49,26 @@ class StorageTracker(TorchDispatchMode):
         self._live_bytes = self._peak_bytes = 0
         self._contexts = ExitStack()
         self._active = False
+        self._paused = False
+
+    @property
+    def running_module(self) -> str:
+        """Name of the module that runs now."""
+        return self._modules.current(None)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ops in the block are not followed. Storages made there that are seen later count as older than the run."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __enter__(self) -> StorageTracker:
         self._note_gradients()
         with ExitStack() as contexts:  # undoes what was entered if a later one fails
-            contexts.enter_context(ModuleWatch(self._on_weight, self._modules.enter, self._modules.exit))
+            contexts.enter_context(ModuleWatch(self._on_weight, self._on_enter, self._modules.exit))
             contexts.callback(torch_optimizer.register_optimizer_step_pre_hook(self._before_step).remove)
             contexts.callback(torch_optimizer.register_optimizer_step_post_hook(self._after_step).remove)
             contexts.enter_context(saved_tensors_hooks(self._on_save, self._on_release))
@@ -67,6 +86,8 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._paused or func is _READS_DEVICE:
+            return func(*args, **kwargs)
         if any(is_wrapper(tensor_type) for tensor_type in types):
             for tensor in tensors_in((args, kwargs)):
                 self._see(tensor, existed=True)
@@ -176,6 +197,12 @@ class StorageTracker(TorchDispatchMode):
             record.claim("weights")
         for record in self._grads_at_start.get(tensor, ()):
             self._count(record)
+
+    def _on_enter(self, module: nn.Module) -> None:
+        outermost = not self._modules.running
+        self._modules.enter(module)
+        if outermost and torch._C._current_autograd_node() is not None and (name := self.running_module):
+            self.recomputed.append(name)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
