@@ -41,7 +41,10 @@ class ConversionError(MemsaveError, ValueError):
 
     def __init__(self, problems: Sequence[MemsaveError]) -> None:
         self.problems = tuple(problems)
-        lines = "\n".join(f"  {i}. {type(p).__name__}: {p}" for i, p in enumerate(self.problems, 1))
+        texts = (str(p).removesuffix(" The model was not changed.") for p in self.problems)  # said once is enough
+        lines = "\n".join(
+            f"  {i}. {type(p).__name__}: {text}" for i, (p, text) in enumerate(zip(self.problems, texts, strict=True), 1)
+        )
         super().__init__(f"{len(self.problems)} problems; the model was not changed:\n{lines}")
 
 

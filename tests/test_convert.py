@@ -269,8 +269,14 @@ def fully_shard(model: nn.Module) -> nn.Module:
     ("wrap", "message"),
     [
         (nn.DataParallel, "wrapped in DataParallel: convert, restore or estimate the model before wrapping it"),
-        (DistributedDataParallel, "wrapped in DistributedDataParallel: convert, restore or estimate the model before wrapping"),
-        (FullyShardedDataParallel, "wrapped in FullyShardedDataParallel: convert, restore or estimate the model before wrapping"),
+        (
+            DistributedDataParallel,
+            "wrapped in DistributedDataParallel: convert, restore or estimate the model before wrapping",
+        ),
+        (
+            FullyShardedDataParallel,
+            "wrapped in FullyShardedDataParallel: convert, restore or estimate the model before wrapping",
+        ),
         (fully_shard, "wrapped in FSDPModule: convert, restore or estimate the model before fully_shard"),
         (torch.compile, "wrapped in OptimizedModule: convert, restore or estimate the model before torch.compile"),
         (
@@ -416,6 +422,7 @@ def test_every_problem_is_raised_at_once(unchanged: Unchanged) -> None:
     assert len(problems) >= 4
     text = str(caught.value)
     assert text.startswith(f"{len(problems)} problems; the model was not changed:\n  1. ")
+    assert text.count("was not changed") == 1
     assert all(word in text for word in ("'typo'", "'other_typo'", "it has a bell already", "was asked for"))
 
 

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .storages import module_tensors
 
 # Names for what no running module allocated.
-BEFORE, OUTSIDE, BACKWARD = "(before)", "(outside modules)", "(backward)"
+BEFORE, OUTSIDE, BACKWARD = "(made before)", "(outside modules)", "(backward)"
 
 
 class ModuleWatch:

@@ -311,6 +311,17 @@ def test_nothing_is_allocated() -> None:
     assert profile.saved_bytes == 4 * (2**22 * 2**20 + 2**22 * 2**22)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device")
+@pytest.mark.parametrize("name", MODELS)
+def test_models_on_the_gpu(name: str) -> None:
+    model, batch = llama(*MODELS[name]).cuda(), {name: tensor.cuda() for name, tensor in labelled().items()}
+    predicted = estimate(model, batch, optimizer="adamw")
+    real = measure(steady_step(model, lambda: model(**batch).loss, AdamW))
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+    assert predicted.saved_bytes == pytest.approx(real.saved_bytes, rel=0.01)
+
+
 _EIGHT_BILLION = """
 import resource, torch, transformers, memsave
 shape = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)

@@ -42,7 +42,7 @@ def test_temporaries_add_up_and_are_freed() -> None:
     profile = check(measure(fn))
     assert (profile.peak_bytes, profile.baseline_bytes) == (4 * KIB, KIB)
     assert profile.by_category["temporary"] == 3 * KIB and profile.by_category["input"] == KIB
-    assert profile.by_module == {"(outside modules)": 3 * KIB, "(before)": KIB}
+    assert profile.by_module == {"(outside modules)": 3 * KIB, "(made before)": KIB}
 
 
 def test_views_and_in_place_ops_add_nothing() -> None:
@@ -281,7 +281,7 @@ def test_modules_own_what_they_allocate_in_forward_and_backward() -> None:
 
     forward = check(measure(lambda: model(x)))
     before_bytes = 128 * KIB + 2 * KIB
-    assert forward.by_module == {"(before)": before_bytes, **out_bytes}
+    assert forward.by_module == {"(made before)": before_bytes, **out_bytes}
 
     def fn() -> None:
         out = model(x)

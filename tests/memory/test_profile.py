@@ -27,7 +27,7 @@ def profile() -> MemoryProfile:
         saved_bytes=3 * MIB // 2,
         by_category=dict.fromkeys(CATEGORIES, 0)
         | {"weights": MIB, "kept for backward": 3 * MIB // 2, "temporary": MIB // 2},
-        by_module={"layers.0.mlp": 3 * MIB // 2, "(before)": MIB, "layers.1": 400 * KIB, "layers.2": 112 * KIB},
+        by_module={"layers.0.mlp": 3 * MIB // 2, "(made before)": MIB, "layers.1": 400 * KIB, "layers.2": 112 * KIB},
         phase="backward",
         timeline=Timeline(event=[0, 1, 2], phase=["forward", "backward", "other"], live_bytes=live_bytes),
     )
@@ -54,7 +54,7 @@ def test_table(profile: MemoryProfile) -> None:
         "",
         "at the peak, by module",
         "  layers.0.mlp             1.5 MiB   50.0%",
-        "  (before)                 1.0 MiB   33.3%",
+        "  (made before)            1.0 MiB   33.3%",
         "  (other modules)        512.0 KiB   16.7%",
     ]
     assert "layers.2" in str(profile) and "(other modules)" not in str(profile)
