@@ -79,11 +79,16 @@ class OpCase(Case):
 
 
 def for_op(
-    op: str, peers: Mapping[str, Callable[..., Any]], plain: Callable[..., Tensor] | None = None, **fields: Any
+    op: str,
+    peers: Mapping[str, Callable[..., Any]],
+    plain: Callable[..., Tensor] | None = None,
+    kernels: bool = True,
+    **fields: Any,
 ) -> OpCase:
     """A case of one op: plain PyTorch (its reference), memsave (the backend that is active) and peers.
 
     Args:
+        kernels: whether the op has kernels; without, plain PyTorch is all there is of it.
         peers: what a user would write instead.
         plain: for an op that rounds, what it computes as one would write it: its error sets the budget, and in fp64 it
             is the truth. Without it, memsave must give the same bits as its reference.
@@ -106,7 +111,7 @@ def for_op(
 
     contenders = (
         Contender(name="plain PyTorch", call=call, within=ops.use_reference),
-        Contender(name="memsave", call=call),
+        *([Contender(name="memsave", call=call)] if kernels else []),
         *(Contender(name=name, call=peer) for name, peer in peers.items()),
     )
     return OpCase(name=f"op_{op}", contenders=contenders, check=check, devices=("cpu", "cuda"), **fields)
@@ -267,8 +272,9 @@ OP_CASES: tuple[OpCase, ...] = (
     ),
     for_op(
         "draw_winners",
+        kernels=False,
         peers={"torch.multinomial": partial(multinomial, replacement=True)},
-        title="30% of the rows by WTA-CRS; it has no kernel of its own; torch.multinomial draws without the winners",
+        title="30% of the rows by WTA-CRS, which has no kernel; torch.multinomial draws without the winners",
         inputs=row_weights,
         sizes=_ROWS,
         tiny=_TINY_ROWS,
@@ -276,7 +282,8 @@ OP_CASES: tuple[OpCase, ...] = (
     for_op(
         "new_seed",
         peers={"torch.randint": lambda like, **_: torch.randint(2**63 - 1, (), device=like.device)},
-        title="one random integer; it has no kernel of its own",
+        kernels=False,
+        title="one random integer, without a kernel",
         inputs=lambda device: {"like": torch.empty(1, device=device)},
         sizes={"cpu": ({},), "cuda": ({},)},
     ),

@@ -118,7 +118,7 @@ def turn(case: ModelCase, variant: Variant, device: str, steps: int) -> Sequence
 
 
 def release(device: str) -> None:
-    """Free what the last variant held."""
-    gc.collect()
+    """Free on a GPU what the last variant held; a large model must not wait there for Python to find its cycles."""
     if device != "cpu":
+        gc.collect()
         torch.cuda.empty_cache()

@@ -46,7 +46,6 @@ def in_turns(count: int, rounds: int) -> Iterator[int]:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -22,6 +22,7 @@ from benchmarks.cases.variance import VarianceCase
 from benchmarks.cases.variants import CHECKPOINT, EXACT, PLAIN, SAMPLED_ALONE, Variant
 from benchmarks.result_files import RESULTS
 from benchmarks.runners import ops as runners_ops
+from benchmarks.runners.models import checked
 from memsave.ops import _backend
 
 BY_NAME = {case.name: case for case in CASES}
@@ -234,6 +235,15 @@ def test_the_shapes_of_the_large_models() -> None:
         llama, bert = models.llama_1b(), models.bert_large()
     assert sum(p.numel() for p in llama.parameters()) == 1_235_814_400  # Llama-3.2-1B has as many
     assert 335e6 < sum(p.numel() for p in bert.parameters()) < 336e6
+
+
+@pytest.mark.parametrize("name", ["step_llama_1b", "step_bert_large"])
+def test_the_large_cases_pass_their_check_at_toy_size(name: str) -> None:
+    case = BY_NAME[name].at_toy_size()
+    assert isinstance(case, StepCase)
+    errors, left_out = checked(case, "cpu")
+    assert errors.keys() | left_out.keys() == {variant.name for variant in case.variants}
+    assert left_out.keys() <= {"Liger"}  # it needs a GPU
 
 
 def test_forced_tiles_are_put_back() -> None:
