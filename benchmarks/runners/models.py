@@ -6,7 +6,8 @@ One variant is alive at a time, built anew for each turn: large models fit, and 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
@@ -35,11 +36,12 @@ def run_model_case(case: ModelCase, device: str, rounds: int) -> tuple[list[dict
         CheckFailed: a variant that is not optional computes something else than the plain model.
     """
     errors, left_out = checked(case, device)
-    variants = [variant for variant in case.variants if variant.name in errors]
-    figures = [
-        {"variant": variant.name, **bytes_of(case, variant, device), "error": errors[variant.name]}
-        for variant in variants
-    ]
+    variants, figures = [], []
+    for variant in (variant for variant in case.variants if variant.name in errors):
+        with may_be_left_out(variant, left_out):
+            found = bytes_of(case, variant, device)
+            figures.append({"variant": variant.name, **found, "error": errors[variant.name]})
+            variants.append(variant)
     times: list[list[tuple[float, float]]] = [[] for _ in variants]
     steps = STEPS_PER_TURN.get(device, 1)
     for index in in_turns(len(variants), max(1, rounds // steps)):
@@ -57,18 +59,23 @@ def checked(case: ModelCase, device: str) -> tuple[dict[str, float], dict[str, s
         if variant.package and find_spec(variant.package) is None:
             left_out[variant.name] = f"{variant.package} is not installed"
             continue
-        try:
-            with opened(case, variant, device) as step:
-                found, sampled = step.gradients(), step.sampled()
-                errors[variant.name] = check_exact(variant.name, found, plain, truth, sampled, case.dtype)
-                if sampled:
-                    errors[variant.name] = check_unbiased(variant.name, step, truth)
-        except Exception as error:  # whatever a peer's code raises
-            if not variant.package:
-                raise
-            left_out[variant.name] = f"{type(error).__name__}: {error}"
+        with may_be_left_out(variant, left_out), opened(case, variant, device) as step:
+            found, sampled = step.gradients(), step.sampled()
+            error = check_exact(variant.name, found, plain, truth, sampled, case.dtype)
+            errors[variant.name] = check_unbiased(variant.name, step, truth) if sampled else error
         release(device)
     return errors, left_out
+
+
+@contextmanager
+def may_be_left_out(variant: Variant, left_out: dict[str, str]) -> Iterator[None]:
+    """A variant that needs a package of its own takes nothing with it, whatever that package's code raises."""
+    try:
+        yield
+    except Exception as error:
+        if not variant.package:
+            raise
+        left_out[variant.name] = f"{type(error).__name__}: {error}"
 
 
 def gradients(

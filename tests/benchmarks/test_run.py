@@ -100,11 +100,20 @@ def test_a_peer_that_fails_or_is_missing_leaves_the_others_their_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = Variant(name="broken peer", apply=_add_one_percent, package="torch")
+    made: list[nn.Module] = []
+
+    def fail_later(model: nn.Module) -> None:
+        made.append(model)
+        if len(made) > 1:  # the first one is checked
+            raise RuntimeError("cannot be measured")
+
+    late = Variant(name="late peer", apply=fail_later, package="torch")
     missing = Variant(name="missing peer", apply=_add_one_percent, package="no_such_package")
-    assert run_tiny(tiny_case(broken, missing, SAMPLED_ALONE), tmp_path, monkeypatch) == 0
+    assert run_tiny(tiny_case(broken, late, missing, SAMPLED_ALONE), tmp_path, monkeypatch) == 0
     data = json.loads((tmp_path / "tiny.json").read_text())
     assert [row["variant"] for row in data["results"]] == [PLAIN.name, SAMPLED_ALONE.name]
     assert "plain model's error" in data["left_out"]["broken peer"]
+    assert data["left_out"]["late peer"] == "RuntimeError: cannot be measured"
     assert data["left_out"]["missing peer"] == "no_such_package is not installed"
 
 
