@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench clean
+.PHONY: help test lint demo bench gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -26,6 +26,11 @@ demo: $(VENV)/.installed-bench ## train a small language model in every variant;
 bench: $(VENV)/.installed-bench ## measure every case on this machine; results in benchmarks/results, tables in docs
 	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu $(ARGS)
 	$(BIN)/python -m benchmarks.tables
+
+# For a machine that is lent for minutes: no virtual environment, no network. It uses the packages that PYTHON has.
+gpu: ## on a GPU machine: tests, cases and tiles into OUT=DIR; PART=tests|bench|tune, WHEELS=DIR, DEVICE=cpu (dry run)
+	@$(PYTHON) -m benchmarks.gpu --out '$(OUT)' --part $(or $(PART),all) $(if $(WHEELS),--wheels '$(WHEELS)') \
+		$(if $(filter cpu,$(DEVICE)),--device cpu --tiny,--install) $(ARGS)
 
 clean: ## remove what was built, not the virtual environment
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis memsave/_libmemsave.*

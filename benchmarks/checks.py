@@ -1,4 +1,4 @@
-"""The correctness gates of the benchmarks: gradients beside those of the plain model in fp64."""
+"""The correctness gates of the benchmarks: gradients and outputs of ops beside fp64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from tests.cases.ops import assert_same
+
+__all__ = ["CheckFailed", "assert_same", "assert_within_budget", "check_exact", "check_unbiased"]
 
 ERROR_BUDGET = 2.0
 DRAWS = 12
@@ -77,3 +81,12 @@ def check_unbiased(variant: str, step: Differentiable, truth: Mapping[str, Tenso
     if not ratio <= DISTANCE_BUDGET:
         raise CheckFailed(f"{variant}: the mean of {DRAWS} draws is {ratio:.2f}x as far away as chance allows, squared")
     return ratio
+
+
+def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """Largest error against float64 at most twice that of plain PyTorch, or of one rounding where that has less."""
+    rounding = float(torch.finfo(actual.dtype).eps / 2 * exact.abs().max())
+    budget = ERROR_BUDGET * max(float((plain.double() - exact).abs().max()), rounding)
+    error = float((actual.double() - exact).abs().max())
+    if not error <= budget:
+        raise AssertionError(f"error {error:.3g} against float64, the budget is {budget:.3g}")

@@ -1,73 +1,174 @@
-"""Writes the tables of the docs from the result files: `python -m benchmarks.tables`.
+"""Writes the tables and plots of the docs from the result files: `python -m benchmarks.tables`.
 
-In a page, `<!-- results: cpu/NAME -->` is followed by the table of benchmarks/results/cpu/NAME.json, up to
-`<!-- end -->`.
+In README.md or a page of docs/, `<!-- results: cpu/NAME -->` is followed by the table of
+benchmarks/results/cpu/NAME.json, up to `<!-- end -->`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import result_files
+from benchmarks.result_files import RESULTS, ResultError
+
 ROOT = Path(__file__).parent.parent
+MIB = 2**20
 _BLOCK = re.compile(r"<!-- results: (?P<file>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def filled(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
-    """The text of a page with every table as its result file has it."""
+def pages() -> list[Path]:
+    """The pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(page: str, results: Path = RESULTS) -> str:
+    """The text of a page with every table as its result file has it. Raises ResultError for a file of no use."""
 
     def fill(block: re.Match[str]) -> str:
-        data = json.loads((results / f"{block['file']}.json").read_text(encoding="utf-8"))
+        data = result_files.read(results / f"{block['file']}.json")
         return f"<!-- results: {block['file']} -->\n{table(data)}\n<!-- end -->"
 
     return _BLOCK.sub(fill, page)
 
 
 def table(data: dict[str, Any]) -> str:
-    """The Markdown table of one result file, and where it was measured."""
-    rows = variance_rows(data["results"]) if "draws" in data["case"] else training_rows(data["results"])
-    header, *body = rows
+    """The Markdown table of one result, and where it was measured."""
+    header, *body = ROWS[data["case"]["kind"]](data)
     lines = [" | ".join(cells) for cells in (header, ["---"] * len(header), *body)]
+    return "\n".join([*(f"| {line} |" for line in lines), "", footnote(data)])
+
+
+def footnote(data: dict[str, Any]) -> str:
+    case, made = data["case"], data["machine"]
+    setting = f"{case['title'][0].upper()}{case['title'][1:]}. "
+    if "shape" in case:
+        batch, length, *width = case["shape"]
+        setting += f"{batch} x {length} tokens{f', d = {width[0]}' if width else ''}. "
+    aim = f" {aim_in_words(data)}" if case.get("aim") and case["aim"]["device"] == device_type(data) else ""
+    return f"{setting}{device_in_words(data)}, torch {made['versions']['torch']}, {made['date']}.{aim}"
+
+
+def device_type(data: dict[str, Any]) -> str:
+    return "cpu" if data["machine"]["device"] == "cpu" else "cuda"
+
+
+def device_in_words(data: dict[str, Any]) -> str:
     made = data["machine"]
-    threads = f"{made['threads']} thread" + ("s" if made["threads"] > 1 else "")
-    setting = f"{data['case']['title']}. "
-    if "shape" in data["case"]:
-        batch, length, width = data["case"]["shape"]
-        setting += f"{batch} x {length} tokens, d = {width}. "
-    footnote = f"{setting}{made['cpu']}, {threads}, torch {made['versions']['torch']}, {made['date']}."
-    return "\n".join([*(f"| {line} |" for line in lines), "", footnote])
+    if device_type(data) == "cuda":
+        return made["device"]
+    return f"{made['cpu']}, {made['threads']} thread" + ("s" if made["threads"] > 1 else "")
 
 
-def training_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    plain = results[0]
-    rows = [["variant", "kept for backward", "peak", "step", "CPU time"]]
+def model_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each variant, beside the first; CPU time on the CPU, the allocator's peak on a GPU."""
+    results = data["results"]
+    on_gpu = device_type(data) == "cuda"
+    rows = [["variant", "kept for backward", "peak", "step", "allocator's peak" if on_gpu else "CPU time"]]
     for r in results:
-        kept = "not counted"
-        if r["kept_bytes"] is not None:
-            kept = f"{r['kept_bytes'] / 2**20:.1f} MiB ({r['kept_bytes'] / plain['kept_bytes']:.2f}x)"
-        peak = f"{r['peak_bytes'] / 2**20:.1f} MiB ({r['peak_bytes'] / plain['peak_bytes']:.2f}x)"
-        step = f"{r['median_s'] * 1e3:.0f} ms ({r['median_s'] / plain['median_s']:.2f}x)"
-        rows.append([r["variant"], kept, peak, step, f"{r['cpu_s'] / plain['cpu_s']:.2f}x"])
+        last = f"{r['cpu_s'] / results[0]['cpu_s']:.2f}x"
+        if on_gpu:
+            last = mebibytes(r, results[0], "allocator_peak_bytes")
+        kept, peak = (mebibytes(r, results[0], name) for name in ("kept_bytes", "peak_bytes"))
+        step = f"{r['median_s'] * 1e3:.0f} ms ({r['median_s'] / results[0]['median_s']:.2f}x)"
+        rows.append([r["variant"], kept, peak, step, last])
     return rows
 
 
-def variance_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+def mebibytes(row: dict[str, Any], first: dict[str, Any], name: str) -> str:
+    if row[name] is None:
+        return "not counted"
+    return f"{row[name] / MIB:.1f} MiB ({row[name] / first[name]:.2f}x)"
+
+
+def variance_rows(data: dict[str, Any]) -> list[list[str]]:
     rows = [["sigma", "keep_ratio", "pps", "wta_crs", "crs", "pps / wta_crs", "pps / crs"]]
-    for r in results:
+    for r in data["results"]:
         pps, wta_crs, crs = r["pps"], r["wta_crs"], r["crs"]
         ratios = [f"{pps / wta_crs:.2f}", f"{pps / crs:.2f}"]
         rows.append([str(r["sigma"]), str(r["keep_ratio"]), f"{pps:.3g}", f"{wta_crs:.3g}", f"{crs:.3g}", *ratios])
     return rows
 
 
-def main() -> None:
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(filled(text), encoding="utf-8")
+def op_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each contender and a column for each size; the first contender is 1.00x."""
+    sizes = by_size(data)
+    names = list(dict.fromkeys(r["contender"] for r in data["results"]))
+    rows = [["", *(in_words(figures[0]["size"]) or "one call" for figures in sizes)]]
+    for name in names:
+        cells = [next((op_cell(r, figures[0]) for r in figures if r["contender"] == name), "-") for figures in sizes]
+        rows.append([name, *cells])
+    return rows
+
+
+def by_size(data: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The rows of an op case, those of one size together, the first contender first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in data["results"]:
+        found.setdefault(in_words(row["size"]), []).append(row)
+    return list(found.values())
+
+
+def in_words(size: dict[str, Any]) -> str:
+    """ "N = 4096, float32"."""
+    return ", ".join(value if name == "dtype" else f"{name} = {value}" for name, value in size.items())
+
+
+def op_cell(row: dict[str, Any], first: dict[str, Any]) -> str:
+    ratio = row["median_s"] / first["median_s"]
+    return f"{seconds(row['median_s'])} ({ratio:{'.2f' if ratio >= 0.1 else '.1g'}}x), {in_bytes(row['peak_bytes'])}"
+
+
+def in_bytes(count: int) -> str:
+    if count >= 0.1 * MIB:
+        return f"{count / MIB:.1f} MiB"
+    return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count} B"
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
+
+
+def aim_in_words(data: dict[str, Any]) -> str:
+    """The aim beside what was measured, at every size."""
+    aim = data["case"]["aim"]
+    ratios = []
+    for figures in by_size(data):
+        times = {r["contender"]: r["median_s"] for r in figures}
+        ratios.append(times[aim["contender"]] / times[aim["of"]])
+    measured = ", ".join(f"{ratio:.2f}x" for ratio in ratios)
+    verdict = "met" if max(ratios) <= aim["at_most"] else "missed"
+    wanted = f"{aim['contender']} takes at most {aim['at_most']:.2f}x of {aim['of']}"
+    return f"Aim: {wanted}; measured {measured}: {verdict}."
+
+
+ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
+    "training": model_rows,
+    "step": model_rows,
+    "op": op_rows,
+    "variance": variance_rows,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fills all pages and draws all plots, or with an error none of them."""
+    from benchmarks import plots
+
+    try:
+        texts = {page: filled(page.read_text(encoding="utf-8")) for page in pages()}
+        drawn = plots.all_plots()
+    except ResultError as error:
+        print(f"error: {error} No page was changed.", file=sys.stderr)
+        return 2
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")
+    for plot in drawn:
+        plot.write()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""What is measured, as data: the cases of the methods, of the estimators' variance and of the ops.
+
+The cases of the Triton kernels' tiles are in tiles.py.
+"""
+
+from __future__ import annotations
+
+from .case import Case
+from .ops import OP_CASES
+from .training import TRAINING_CASES
+from .variance import VARIANCE_CASES
+
+# In the order in which they run: what matters most comes first, for a machine that is lent for minutes.
+CASES: tuple[Case, ...] = (*OP_CASES, *TRAINING_CASES, *VARIANCE_CASES)
+
+__all__ = ["CASES", "Case"]

@@ -1,0 +1,179 @@
+"""The tile lists of the Triton kernels as cases: every tile at several shapes, beside torch's own way.
+
+The tiles that the kernels choose among come first, then others worth trying. `make gpu PART=tune` runs them. Where
+another tile wins, it belongs in CONFIGS of memsave/ops/sampled_matmul/triton.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.checks import assert_same, assert_within_budget
+from memsave import ops
+
+from .ops import (
+    BF16,
+    FP32,
+    Contender,
+    OpCase,
+    dense,
+    gather,
+    in_fp64,
+    matrices,
+    product,
+    rows_of,
+    sizes,
+    written_product,
+)
+
+# BLOCK_O, BLOCK_D, BLOCK_K, warps, stages
+MORE_MATMUL_TILES = (
+    (64, 128, 64, 4, 4),
+    (128, 64, 64, 4, 4),
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (64, 256, 64, 8, 3),
+    (128, 256, 32, 8, 4),
+    (128, 256, 64, 8, 3),
+    (256, 128, 32, 8, 4),
+    (256, 128, 64, 8, 3),
+)
+# TILE_ELEMENTS, MAX_BLOCK_D
+GATHER_TILES = ((4096, 1024), (2048, 512), (2048, 1024), (2048, 2048), (4096, 2048), (8192, 1024), (8192, 2048))
+_matmul_sizes, _gather_sizes = sizes("N", "D", "O", "dtype"), sizes("N", "D", "dtype")
+
+
+@contextmanager
+def changed(module: ModuleType, **values: Any) -> Iterator[None]:
+    """A module of memsave with other values for some of its names."""
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+@contextmanager
+def matmul_tile(*tile: int) -> Iterator[None]:
+    """`sampled_matmul` with one tile: the only one in the list, which deterministic mode takes without tuning."""
+    triton = import_module("memsave.ops.sampled_matmul.triton")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    with changed(triton, CONFIGS={size: [triton._config(*tile)] for size in triton.CONFIGS}):
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # filling takes time
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@contextmanager
+def gather_tile(elements: int, max_block: int) -> Iterator[None]:
+    """`gather_rows` with tiles of so many elements, and at most so many of them from one row."""
+    triton = import_module("memsave.ops.gather_rows.triton")
+    with changed(triton, TILE_ELEMENTS=elements, MAX_BLOCK_D=max_block):
+        yield
+
+
+def _listed_tiles() -> list[tuple[int, ...]]:
+    """The tiles that `sampled_matmul` chooses among, for any dtype."""
+    if find_spec("triton") is None:
+        return []
+    configs = import_module("memsave.ops.sampled_matmul.triton").CONFIGS
+    return [
+        (c.kwargs["BLOCK_O"], c.kwargs["BLOCK_D"], c.kwargs["BLOCK_K"], c.num_warps, c.num_stages)
+        for listed in configs.values()
+        for c in listed
+    ]
+
+
+def _tiles(
+    listed: list[tuple[int, ...]],
+    more: tuple[tuple[int, ...], ...],
+    within: Callable[..., AbstractContextManager[None]],
+    call: Callable[..., Any],
+) -> tuple[Contender, ...]:
+    """A contender for each tile; the listed ones have a star."""
+    return tuple(
+        Contender(
+            name=" x ".join(map(str, tile)) + (" *" if tile in listed else ""),
+            call=call,
+            within=partial(within, *tile),
+            devices=("cuda",),
+            may_fail=True,  # a tile may need more shared memory than there is
+        )
+        for tile in dict.fromkeys((*listed, *more))
+    )
+
+
+def gathered_product(dy: torch.Tensor, kept: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor, **_: Any) -> Any:
+    """The rows of dy gathered by the kernel, then torch's own product."""
+    return ops.gather_rows(dy, rows, scale).t() @ kept
+
+
+def check_product(**inputs: Any) -> None:
+    assert_within_budget(product(**inputs), written_product(**in_fp64(inputs)), written_product(**inputs))
+
+
+def check_gather(**inputs: Any) -> None:
+    assert_same(gather(**inputs), inputs["x"][inputs["rows"]])
+
+
+def tile_cases() -> tuple[OpCase, ...]:
+    """The cases; a function, because it reads the tile lists, which imports triton."""
+    listed = _listed_tiles()
+    return (
+        OpCase(
+            name="tiles_sampled_matmul",
+            title="tiles (O x D x K x warps x stages; * is listed in the kernel) of sampled_matmul",
+            devices=("cpu", "cuda"),
+            expected_s=60.0,
+            inputs=matrices,
+            contenders=(
+                Contender(name="dense dy.t() @ x", call=dense),
+                Contender(name="gather_rows, then torch's product", call=gathered_product),
+                Contender(name="tuned", call=product),
+                *_tiles(listed, MORE_MATMUL_TILES, matmul_tile, product),
+            ),
+            check=check_product,
+            sizes={
+                "cuda": _matmul_sizes(
+                    (16384, 2048, 8192, BF16),
+                    (16384, 8192, 2048, BF16),
+                    (16384, 2048, 2048, BF16),
+                    (8192, 4096, 16, BF16),
+                    (8192, 1024, 4096, FP32),
+                )
+            },
+            tiny={"sizes": {device: _matmul_sizes((256, 32, 48, FP32)) for device in ("cpu", "cuda")}},
+        ),
+        OpCase(
+            name="tiles_gather_rows",
+            title="tiles (elements x most of one row; * is the kernel's) of gather_rows",
+            devices=("cpu", "cuda"),
+            inputs=rows_of,
+            contenders=(
+                Contender(name="indexing", call=lambda x, rows, **_: x[rows]),
+                *_tiles([GATHER_TILES[0]], GATHER_TILES, gather_tile, gather),
+            ),
+            check=check_gather,
+            sizes={
+                "cuda": _gather_sizes(
+                    (16384, 2048, BF16), (16384, 8192, BF16), (16384, 8192, FP32), (262144, 256, BF16)
+                )
+            },
+            tiny={"sizes": {device: _gather_sizes((256, 32, FP32)) for device in ("cpu", "cuda")}},
+        ),
+    )

@@ -1,0 +1,186 @@
+"""The benchmark cases of the methods, as data: a model, and the ways to train it that are compared.
+
+B sequences of T tokens, d features. The first variant is always the plain model, the others are memsave's and what a
+user would pick instead. A new method adds its cases to TRAINING_CASES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import models
+from .case import Case, short
+from .models import WIDTH, direct, from_embeddings
+from .variants import (
+    CHECKPOINT,
+    CHECKPOINT_BLOCKS,
+    EXACT,
+    LIGER,
+    PLAIN,
+    SAMPLED,
+    SAMPLED_ALONE,
+    SAMPLED_DOWN,
+    SAMPLED_ENCODER,
+    SAMPLED_LESS,
+    SAMPLED_LORA,
+    SAMPLED_PROJECTIONS,
+    SELECTIVE,
+    Variant,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCase(Case):
+    """One model, side by side in several variants.
+
+    Attributes:
+        model: makes the plain model in fp32; called after seeding, so always the same.
+        dtype: of the weights and activations.
+        shape: of the input.
+        gate: the fields that change for the check of the gradients, where fp64 needs a smaller model.
+    """
+
+    model: Callable[[], nn.Module]
+    variants: tuple[Variant, ...]
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...]
+    gate: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"shape": list(self.shape), "dtype": short(self.dtype)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCase(ModelCase):
+    """Forward and backward for a random input (B, T, d) and a random gradient of the output.
+
+    Attributes:
+        forward: the output of the model for x (B, T, d).
+        input_grad: whether x requires a gradient, as the output of a trained embedding does.
+    """
+
+    kind: ClassVar[str] = "training"
+
+    forward: Callable[[nn.Module, Tensor], Tensor]
+    input_grad: bool = True
+    shape: tuple[int, int, int] = (2, 256, WIDTH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCase(ModelCase):
+    """A full training step on random tokens (B, T): forward, the model's own loss, backward, AdamW."""
+
+    kind: ClassVar[str] = "step"
+
+    shape: tuple[int, int]
+
+
+_RECOMPUTE = (PLAIN, CHECKPOINT, SELECTIVE, EXACT)
+_TINY = {"shape": (2, 64, WIDTH)}
+_TINY_LLAMA = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+_TINY_BERT = {**_TINY_LLAMA, "num_attention_heads": 4}
+
+TRAINING_CASES: tuple[ModelCase, ...] = (
+    TrainingCase(
+        name="recompute_norm_llama_fp32",
+        method="recompute_norm",
+        title="Llama blocks (RMSNorm), fp32",
+        model=models.llama,
+        forward=from_embeddings,
+        variants=_RECOMPUTE,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="recompute_norm_llama_bf16",
+        method="recompute_norm",
+        title="Llama blocks (RMSNorm), bf16",
+        model=models.llama,
+        forward=from_embeddings,
+        variants=_RECOMPUTE,
+        dtype=torch.bfloat16,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="recompute_norm_gpt2",
+        method="recompute_norm",
+        title="GPT-2 blocks (LayerNorm before the linears), fp32",
+        model=models.gpt2,
+        forward=from_embeddings,
+        variants=_RECOMPUTE,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="recompute_norm_bert",
+        method="recompute_norm",
+        title="BERT blocks (LayerNorm after the sum), fp32",
+        model=models.bert,
+        forward=from_embeddings,
+        variants=_RECOMPUTE,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="wta_crs_llama",
+        method="wta_crs",
+        title="every linear of Llama blocks sampled, fp32",
+        model=models.llama,
+        forward=from_embeddings,
+        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_ALONE, *SAMPLED.values()),
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="wta_crs_mlp",
+        method="wta_crs",
+        title="linears and GELUs without norms, fp32",
+        model=models.mlp,
+        forward=direct,
+        variants=(PLAIN, CHECKPOINT_BLOCKS, SAMPLED_ALONE, SAMPLED_LESS),
+    ),
+    TrainingCase(
+        name="wta_crs_lora",
+        method="wta_crs",
+        title="LoRA of rank 8 on a frozen Llama, every lora_A sampled, fp32",
+        model=models.llama_with_lora,
+        forward=from_embeddings,
+        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_LORA),
+        tiny=_TINY,
+    ),
+    StepCase(
+        name="step_demo",
+        title="full training step of the demo's Llama (4 layers, 256 wide), fp32",
+        devices=("cpu", "cuda"),
+        model=models.demo,
+        shape=(4, 256),
+        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_DOWN, SAMPLED_PROJECTIONS),
+        tiny={"model": partial(models.demo, num_hidden_layers=1), "shape": (2, 128)},
+    ),
+    StepCase(
+        name="step_llama_1b",
+        title="full training step of a Llama-3.2-1B shape, bf16",
+        devices=("cuda",),
+        expected_s=120.0,
+        model=models.llama_1b,
+        dtype=torch.bfloat16,
+        shape=(4, 2048),
+        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_DOWN, SAMPLED_PROJECTIONS, LIGER),
+        gate={"model": partial(models.llama_1b, num_hidden_layers=2), "shape": (2, 512)},
+        tiny={"model": partial(models.llama_1b, **_TINY_LLAMA), "shape": (2, 128), "gate": {}},
+    ),
+    StepCase(
+        name="step_bert_large",
+        title="full training step of a BERT-large shape, bf16",
+        devices=("cuda",),
+        expected_s=75.0,
+        model=models.bert_large,
+        dtype=torch.bfloat16,
+        shape=(16, 512),
+        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_ENCODER),
+        gate={"model": partial(models.bert_large, num_hidden_layers=2), "shape": (4, 512)},
+        tiny={"model": partial(models.bert_large, **_TINY_BERT), "shape": (2, 128), "gate": {}},
+    ),
+)
