@@ -20,11 +20,13 @@ import torch
 
 from benchmarks import result_files, tables
 from benchmarks.cases import CASES, Case
+from benchmarks.cases.estimates import EstimateCase
 from benchmarks.cases.ops import OpCase
 from benchmarks.cases.tiles import tile_cases
 from benchmarks.cases.training import StepCase, TrainingCase
 from benchmarks.cases.variance import VarianceCase
 from benchmarks.checks import CheckFailed
+from benchmarks.runners.estimates import run_estimate_case
 from benchmarks.runners.models import run_model_case
 from benchmarks.runners.ops import run_op_case
 from benchmarks.runners.variance import run_variance_case
@@ -34,6 +36,7 @@ RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, st
     StepCase: run_model_case,
     OpCase: run_op_case,
     VarianceCase: run_variance_case,
+    EstimateCase: run_estimate_case,
 }
 
 

@@ -128,6 +128,15 @@ def in_bytes(count: int) -> str:
     return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count} B"
 
 
+def estimate_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each tool."""
+    rows = [["", "predicted peak", "time", "CPU time", "largest size of the process"]]
+    for r in data["results"]:
+        peak, process = (f"{r[name] / 2**30:.2f} GiB" for name in ("peak_bytes", "process_bytes"))
+        rows.append([r["tool"], peak, f"{r['s']:.1f} s", f"{r['cpu_s']:.1f} s", process])
+    return rows
+
+
 def seconds(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
 
@@ -150,6 +159,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "step": model_rows,
     "op": op_rows,
     "variance": variance_rows,
+    "estimate": estimate_rows,
 }
 
 

@@ -43,7 +43,8 @@ class ConversionError(MemsaveError, ValueError):
         self.problems = tuple(problems)
         texts = (str(p).removesuffix(" The model was not changed.") for p in self.problems)  # said once is enough
         lines = "\n".join(
-            f"  {i}. {type(p).__name__}: {text}" for i, (p, text) in enumerate(zip(self.problems, texts, strict=True), 1)
+            f"  {i}. {type(p).__name__}: {text}"
+            for i, (p, text) in enumerate(zip(self.problems, texts, strict=True), 1)
         )
         super().__init__(f"{len(self.problems)} problems; the model was not changed:\n{lines}")
 

@@ -1,4 +1,4 @@
-"""What is measured, as data: the cases of the methods, of the estimators' variance and of the ops.
+"""What is measured, as data: the cases of the methods, of the estimators' variance, of the ops and of `estimate`.
 
 The cases of the Triton kernels' tiles are in tiles.py.
 """
@@ -6,11 +6,12 @@ The cases of the Triton kernels' tiles are in tiles.py.
 from __future__ import annotations
 
 from .case import Case
+from .estimates import ESTIMATE_CASES
 from .ops import OP_CASES
 from .training import TRAINING_CASES
 from .variance import VARIANCE_CASES
 
 # In the order in which they run: what matters most comes first, for a machine that is lent for minutes.
-CASES: tuple[Case, ...] = (*OP_CASES, *TRAINING_CASES, *VARIANCE_CASES)
+CASES: tuple[Case, ...] = (*OP_CASES, *TRAINING_CASES, *VARIANCE_CASES, *ESTIMATE_CASES)
 
 __all__ = ["CASES", "Case"]

@@ -21,6 +21,7 @@ from benchmarks.cases.training import StepCase, TrainingCase
 from benchmarks.cases.variance import VarianceCase
 from benchmarks.cases.variants import CHECKPOINT, EXACT, PLAIN, SAMPLED_ALONE, Variant
 from benchmarks.result_files import RESULTS
+from benchmarks.runners import estimates
 from benchmarks.runners import ops as runners_ops
 from benchmarks.runners.models import checked
 from memsave.ops import _backend
@@ -147,6 +148,26 @@ def test_the_variance_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run_tiny(case, tmp_path, monkeypatch, "--tiny") == 0
     (row,) = results_of(tmp_path / f"{case.name}.json")
     assert row["pps"] < 0.7 * row["crs"]  # half of the rows: the factor is 0.5
+
+
+def test_the_estimate_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimates, "MAX_ROUNDS", 1)
+    case = BY_NAME["estimate_llama_8b"]
+    assert run_tiny(case, tmp_path, monkeypatch, "--tiny") == 0
+    ours, theirs = results_of(tmp_path / f"{case.name}.json")
+    assert ours["peak_bytes"] == pytest.approx(theirs["peak_bytes"], rel=estimates.TOLERANCE)
+    assert ours["process_bytes"] > 2**26 and ours["cpu_s"] > 0
+
+
+def test_predictions_that_differ_give_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {name: 'print(json.dumps({"peak_bytes": 100 + 2 * (name == "ours")}))' for name in ("ours", "theirs")}
+    programs = {name: f"name = {name!r}\n{program}" for name, program in wrong.items()}
+    monkeypatch.setattr(estimates, "TOOLS", programs)
+    assert run_tiny(BY_NAME["estimate_llama_8b"], tmp_path, monkeypatch, "--tiny") == 1
+    assert "predict peaks of 102 and 100 bytes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 OPS = [case for case in (*CASES, *tiles.tile_cases()) if isinstance(case, ops.OpCase)]
