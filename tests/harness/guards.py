@@ -1,0 +1,122 @@
+"""Memory with guards: what is read or written outside a tensor, or read before it was written, shows in the results.
+
+Every tensor lies in the middle of a larger buffer. Around an input there is NaN (for integers: a value that the tensor
+holds, so that a row number read there is still a row). Memory that an implementation allocates is filled, inside and
+around, with one value or another. After the run nothing but the outputs and the inside of that memory may be different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# On each side, in elements: more than one block of any kernel, so that a forgotten mask stays inside. A multiple of 16,
+# so that addresses are aligned as before.
+GUARD = 2**14
+
+# What unwritten memory holds. NaN shows in sums, but not where it is compared: hence also a large number. Integers hold
+# the largest one, as in torch's deterministic mode, and a small one.
+FILLS: dict[str, tuple[float, int | None]] = {"NaN": (float("nan"), None), "12345": (12345.0, 1)}
+
+
+def extent(tensor: Tensor) -> int:
+    """Elements from the first to the last one of a tensor with strides."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@dataclass
+class Guarded:
+    """A tensor in the middle of a buffer.
+
+    Attributes:
+        buffer: (guard + extent + guard,), with `tensor` as a view into it from `begin` on.
+        fill: what the guards hold.
+        before: a copy of the buffer of an input; None for memory that may be written.
+    """
+
+    tensor: Tensor
+    buffer: Tensor
+    begin: int
+    fill: float | int | bool
+    before: Tensor | None = None
+
+    def change(self) -> str | None:
+        """What was written that must not be, in words."""
+        end = self.begin + extent(self.tensor)
+        for name, place in (("before", slice(0, self.begin)), ("behind", slice(end, None))):
+            border = self.buffer[place]
+            if not same_bytes(border, torch.full_like(border, self.fill)):
+                return f"written {name} its memory"
+        if self.before is not None and not same_bytes(self.buffer, self.before):
+            return "modified in place"
+        return None
+
+
+def place(tensor: Tensor, fill: float | int | bool, device: torch.device | str) -> Guarded:
+    """A new tensor of the same shape, strides and alignment, in a buffer full of `fill`."""
+    begin = GUARD + tensor.storage_offset() % 16
+    buffer = torch.full((begin + extent(tensor) + GUARD,), fill, dtype=tensor.dtype, device=device)
+    return Guarded(buffer.as_strided(tensor.shape, tensor.stride(), begin), buffer, begin, fill)
+
+
+def guarded(tensor: Tensor, device: torch.device | str) -> Guarded:
+    """The same values and strides on a device, between guards."""
+    fill: float | int | bool = float("nan")
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        fill = tensor.max().item() if tensor.numel() else 0
+    found = place(tensor, fill, device)
+    # Elements that lie on one place (expanded tensors) are written once.
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
+    found.tensor[once].copy_(tensor[once])
+    found.before = found.buffer.clone()
+    return found
+
+
+_EMPTY = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+
+
+class GuardedEmpties(TorchDispatchMode):
+    """Inside the block, whatever is allocated without values is filled and lies between guards.
+
+    Args:
+        fill: a key of `FILLS`.
+
+    Attributes:
+        found: all that was allocated.
+    """
+
+    def __init__(self, fill: str) -> None:
+        super().__init__()
+        self.fill = fill
+        self.found: list[Guarded] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in _EMPTY or result.device.type == "meta":
+            return result
+        floats, integers = FILLS[self.fill]
+        fill: float | int = floats
+        if not (result.is_floating_point() or result.is_complex()):
+            largest = 1 if result.dtype == torch.bool else torch.iinfo(result.dtype).max
+            fill = largest if integers is None else integers
+        self.found.append(place(result, fill, result.device))
+        return self.found[-1].tensor
