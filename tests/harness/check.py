@@ -115,14 +115,23 @@ def _check_memory(output: Tensor, i: int, empties: list[Guarded], taken: dict[in
 @contextmanager
 def _mode(deterministic: bool, device: str) -> Iterator[None]:
     """torch's deterministic algorithms on or off, and the same random numbers each time."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     devices = [] if device == "cpu" else [torch.cuda.current_device()]
-    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices), _deterministic(deterministic, device):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        # Only a warning on GPUs: cuBLAS is refused unless a variable was set before the process started.
-        torch.use_deterministic_algorithms(deterministic, warn_only=device != "cpu")
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        yield
+
+
+@contextmanager
+def _deterministic(wanted: bool, device: str) -> Iterator[None]:
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # Only a warning on GPUs: cuBLAS is refused unless a variable was set before the process started.
+    setting = wanted, wanted and device != "cpu"
+    if was == setting:  # torch imports its compiler at the first change, which takes seconds
+        yield
+        return
+    torch.use_deterministic_algorithms(setting[0], warn_only=setting[1])
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
