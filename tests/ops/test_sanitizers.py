@@ -20,7 +20,11 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 MISTAKES = {
     "gather_rows": ("r < end; ++r", "r <= end; ++r", "heap-buffer-overflow"),
     "draw_rows": ("row < n && found < k", "row < n", "heap-buffer-overflow"),
-    "row_inclusion": ("1 + static_cast<int32_t>(share)", "(1 << 30) + 1 + static_cast<int32_t>(share)", "signed integer"),
+    "row_inclusion": (
+        "1 + static_cast<int32_t>(share)",
+        "(1 << 30) + 1 + int32_t(share)",
+        "signed integer",
+    ),
 }
 
 

@@ -56,7 +56,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def far_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (2^24 + 9, 1), zero but for its last rows, and (4,) row numbers, of which float32 cannot hold the last three."""
+    """x (2^24 + 9, 1), zero but for its last rows, and rows (4,), of which float32 cannot hold the last three."""
     first = 2**24
     x = torch.zeros(first + 9, 1, dtype=dtype)
     x[first:, 0] = torch.arange(1, 10)
@@ -88,4 +88,3 @@ def weights() -> list[tuple[str, Callable[[], Tensor], int, bool]]:
         ("4096", lambda: log_normal(4096), 1229, True),
         ("70001", lambda: log_normal(70001, sigma=2.0), 21000, True),
     ]
-

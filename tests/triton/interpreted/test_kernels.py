@@ -95,7 +95,11 @@ MUTANTS = [
     ("sampled_matmul", "* factor[None, :]", "+ 0 * factor[None, :]"),
     ("sampled_matmul", "row[None, :] * stride_dy_n", "(row[None, :].to(tl.float32) * stride_dy_n).to(tl.int64)"),
     ("sampled_matmul", "program_id(2).to(tl.int64) * OUT", "program_id(2).to(tl.int64) * 0"),
-    ("sampled_matmul", "total, input_precision=PRECISION)", "total, input_precision=PRECISION).to(tl.float16).to(tl.float32)"),
+    (
+        "sampled_matmul",
+        "total, input_precision=PRECISION)",
+        "total).to(tl.float16).to(tl.float32)",
+    ),
     ("row_inclusion", "left * m >= rest", "left * m >= 2 * rest"),
     ("row_inclusion", "tl.full([], SHRINK, tl.float64)", "1.0"),
     ("row_inclusion", "other=0) + m", "other=0)"),
