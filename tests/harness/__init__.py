@@ -6,8 +6,18 @@ data, in `tests/cases/ops/`. Nothing here needs pytest, so benchmarks use the sa
 
 from .case import OpCase, OpSpec, as_tuple
 from .check import check
-from .compare import assert_same
+from .compare import assert_same, assert_within_budget
 from .guards import guarded
 from .implementations import has_kernel, implementation
 
-__all__ = ["OpCase", "OpSpec", "as_tuple", "assert_same", "check", "guarded", "has_kernel", "implementation"]
+__all__ = [
+    "OpCase",
+    "OpSpec",
+    "as_tuple",
+    "assert_same",
+    "assert_within_budget",
+    "check",
+    "guarded",
+    "has_kernel",
+    "implementation",
+]

@@ -32,7 +32,8 @@ def extent(tensor: Tensor) -> int:
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(a.element_size(), torch.int64)
+    return torch.equal(a.view(integers), b.view(integers))
 
 
 @dataclass
