@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .case import OpCase, OpSpec, as_tuple
 from .compare import assert_same, assert_within_budget
-from .guards import FILLS, Guarded, GuardedEmpties, extent, guarded
+from .guards import FILLS, Guarded, GuardedMemory, extent, guarded
 
 
 def check(
@@ -79,22 +79,22 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """One run between guards; all of its promises but the values."""
     inputs = {i: guarded(a, device) for i, a in enumerate(args) if isinstance(a, Tensor)}
-    empties = GuardedEmpties(fill)
-    with empties:
+    new = GuardedMemory(fill)
+    with new:
         outputs = as_tuple(implementation(*(inputs[i].tensor if i in inputs else a for i, a in enumerate(args))))
     for i, found in inputs.items():
         change = found.change()
         assert change is None, f"{where}: argument {i} was {change}"
-    for found in empties.found:
+    for found in new.found:
         change = found.change()
         assert change is None, f"{where}: a new tensor of shape {tuple(found.tensor.shape)} was {change}"
     taken = {found.buffer.untyped_storage().data_ptr(): f"argument {i}" for i, found in inputs.items()}
     for i, output in enumerate(outputs):
-        _check_memory(output, i, empties.found, taken, where)
+        _check_memory(output, i, new.found, taken, where)
     return outputs
 
 
-def _check_memory(output: Tensor, i: int, empties: list[Guarded], taken: dict[int, str], where: str) -> None:
+def _check_memory(output: Tensor, i: int, new: list[Guarded], taken: dict[int, str], where: str) -> None:
     """An output is contiguous and has memory of its own, no larger than itself. Adds it to `taken`."""
     assert output.is_contiguous(), f"{where}: output {i} is not contiguous, its strides are {output.stride()}"
     address = output.untyped_storage().data_ptr()
@@ -103,7 +103,7 @@ def _check_memory(output: Tensor, i: int, empties: list[Guarded], taken: dict[in
     assert address not in taken, f"{where}: output {i} shares the memory of {taken[address]}"
     taken[address] = f"output {i}"
     held = output.untyped_storage().nbytes() // output.element_size()
-    for found in empties:
+    for found in new:
         if found.buffer.untyped_storage().data_ptr() == address:
             held = extent(found.tensor)
     assert held == output.numel(), f"{where}: output {i} is a view: {output.numel()} elements in memory for {held}"

@@ -1,13 +1,12 @@
 """Memory with guards: what is read or written outside a tensor, or read before it was written, shows in the results.
 
 Every tensor lies in the middle of a larger buffer. Around an input there is NaN (for integers: a value that the tensor
-holds, so that a row number read there is still a row). Memory that an implementation allocates is filled, inside and
-around, with one value or another. After the run nothing but the outputs and the inside of that memory may be different.
+holds, so that a row number read there is still a row). New tensors are surrounded too, and filled if they have no values,
+with one value or another. After the run nothing but the inside of new tensors may be different.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,17 +83,18 @@ def guarded(tensor: Tensor, device: torch.device | str) -> Guarded:
     return found
 
 
-_EMPTY = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.empty_strided.default,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.new_empty_strided.default,
+_ATEN = torch.ops.aten
+_WITHOUT_VALUES = {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided}
+_WITH_VALUES = {
+    *(_ATEN.zeros, _ATEN.zeros_like, _ATEN.new_zeros, _ATEN.full, _ATEN.full_like, _ATEN.new_full),
+    *(_ATEN.ones, _ATEN.ones_like, _ATEN.new_ones),
 }
 
 
-class GuardedEmpties(TorchDispatchMode):
-    """Inside the block, whatever is allocated without values is filled and lies between guards.
+class GuardedMemory(TorchDispatchMode):
+    """Inside the block, new tensors lie between guards, and those without values are filled.
+
+    The results of other operators do not: kernels write to memory that was made for them.
 
     Args:
         fill: a key of `FILLS`.
@@ -109,15 +109,19 @@ class GuardedEmpties(TorchDispatchMode):
         self.found: list[Guarded] = []
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in _EMPTY or result.device.type == "meta":
+        if func.overloadpacket not in _WITHOUT_VALUES | _WITH_VALUES or result.device.type == "meta":
             return result
-        floats, integers = FILLS[self.fill]
-        fill: float | int = floats
-        if not (result.is_floating_point() or result.is_complex()):
-            largest = 1 if result.dtype == torch.bool else torch.iinfo(result.dtype).max
-            fill = largest if integers is None else integers
-        self.found.append(place(result, fill, result.device))
+        self.found.append(place(result, self._value(result), result.device))
+        if func.overloadpacket in _WITH_VALUES:
+            self.found[-1].tensor.copy_(result)
         return self.found[-1].tensor
+
+    def _value(self, tensor: Tensor) -> float | int:
+        floats, integers = FILLS[self.fill]
+        if tensor.is_floating_point() or tensor.is_complex():
+            return floats
+        largest = 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
+        return largest if integers is None else integers

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memsave.ops.draw_rows.reference import draw_rows
 from memsave.ops.draw_winners.reference import draw_winners
 from memsave.ops.gather_rows.reference import gather_rows
 from memsave.ops.row_inclusion.reference import row_inclusion
@@ -86,6 +87,13 @@ def writes_behind_its_output(x: Tensor, rows: Tensor, scale: Tensor | None) -> T
     out = torch.empty(rows.shape[0], x.shape[1], dtype=x.dtype)
     out.as_strided((out.numel() + 1,), (1,)).zero_()
     return out.copy_(gather_rows(x, rows, scale))
+
+
+@mistake("draw_rows", "a new tensor of shape .* was written behind its memory")
+def writes_behind_zeros(q: Tensor, k: int, seed: Tensor) -> Tensor:
+    hits = torch.zeros(k, dtype=torch.int32)
+    hits.as_strided((k + 1,), (1,)).fill_(7)
+    return hits.copy_(draw_rows(q, k, seed))
 
 
 @mistake("gather_rows", "argument 1 was written before its memory")
