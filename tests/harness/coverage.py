@@ -45,7 +45,7 @@ def missing_rows(spec: OpSpec, function: Callable[..., Any], cases: Sequence[OpC
 
 def accepted_dtypes(function: Callable[..., Any], args: tuple[Any, ...], position: int) -> list[torch.dtype]:
     """The dtypes that one argument may have; others that share its dtype in `args` may have to follow it."""
-    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    meta = _on_meta(args)
     sharing = [i for i, t in _tensors(args).items() if i != position and t.dtype == args[position].dtype]
     groups = [(position, *chosen) for n in range(len(sharing) + 1) for chosen in combinations(sharing, n)]
 
@@ -57,6 +57,10 @@ def accepted_dtypes(function: Callable[..., Any], args: tuple[Any, ...], positio
         return True
 
     return [dtype for dtype in DTYPES if any(accepts(dtype, group) for group in groups)]
+
+
+def _on_meta(args: tuple[Any, ...]) -> list[Any]:
+    return [a.to("meta") if isinstance(a, Tensor) else a for a in args]
 
 
 def _tensors(args: tuple[Any, ...]) -> dict[int, Tensor]:
@@ -71,7 +75,7 @@ def _is_odd(args: tuple[Any, ...]) -> bool:
 def _refuses_empty(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     first = next(iter(_tensors(args)))
     try:
-        function(*(a[:0] if i == first else a for i, a in enumerate(args)))
+        function(*(a[:0] if i == first else a for i, a in enumerate(_on_meta(args))))
     except ValueError:
         return True
     return False

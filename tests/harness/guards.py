@@ -1,7 +1,7 @@
 """Memory with guards: what is read or written outside a tensor, or read before it was written, shows in the results.
 
-Every tensor lies in the middle of a larger buffer. Around an input there is NaN (for integers: a value that the tensor
-holds, so that a row number read there is still a row). New tensors are surrounded too, and filled if they have no values,
+Every tensor lies in the middle of a larger buffer. Around an input there is NaN, or for integers a value of the tensor
+itself: a row number read there is still a row. New tensors are surrounded, too, and those without values are filled,
 with one value or another. After the run nothing but the inside of new tensors may be different.
 """
 
