@@ -111,7 +111,7 @@ def _check_memory(output: Tensor, i: int, new: list[Guarded], taken: dict[int, s
 
 @contextmanager
 def _mode(deterministic: bool, device: str) -> Iterator[None]:
-    """torch's deterministic algorithms on or off. Random numbers go on as if the block had not been: each run draws the same."""
+    """torch's deterministic algorithms on or off, and random numbers that do not go on: each run draws the same."""
     devices = [] if device == "cpu" else [torch.cuda.current_device()]
     with warnings.catch_warnings(), torch.random.fork_rng(devices), _deterministic(deterministic, device):
         warnings.simplefilter("ignore")
