@@ -16,7 +16,7 @@ import torch
 import memsave
 from memsave import ops
 from memsave.ops import _backend, _native
-from tests.cases.ops import inclusion, matrix, row_indices, scales, seed
+from tests.cases.ops.inputs import inclusion, matrix, row_indices, scales, seed
 
 ROOT = Path(memsave.__file__).parent.parent
 

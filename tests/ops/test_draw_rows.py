@@ -13,7 +13,8 @@ from torch import Tensor
 from memsave import ops
 from memsave.ops.draw_rows.reference import permutation_keys
 from memsave.ops.philox import OFFSET_STREAM, row_words
-from tests.cases.ops import assert_same, inclusion, log_normal, seed
+from tests.cases.ops.inputs import inclusion, log_normal, seed
+from tests.harness import assert_same
 
 ONE = 2**32
 

@@ -10,7 +10,7 @@ from memsave import ops
 from memsave.ops.draw_winners.reference import _random_below
 from memsave.ops.philox import REPLACEMENT_STREAM, row_words
 from memsave.ops.row_inclusion.reference import integer_weights
-from tests.cases.ops import log_normal, seed
+from tests.cases.ops.inputs import log_normal, seed
 
 
 def test_winners_minimize_the_rest_over_the_draws_left() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from memsave import ops
 from memsave.ops.row_inclusion.reference import cap, integer_weights
-from tests.cases.ops import assert_same, log_normal
+from tests.cases.ops.inputs import log_normal
+from tests.harness import assert_same
 
 ONE = 2**32
 

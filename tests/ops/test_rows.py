@@ -10,7 +10,8 @@ from torch import Tensor
 
 from memsave import ops
 from memsave.ops import _native
-from tests.cases.ops import assert_same, matrix, row_indices, scales
+from tests.cases.ops.inputs import matrix, row_indices, scales
+from tests.harness import assert_same
 
 BACKENDS = ["reference"] + ["native"] * (_native.library() is not None)
 

@@ -10,27 +10,22 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-
-CHILD = """
-import sys
-from pathlib import Path
-from memsave.ops import _native
-_native.LIBRARY_PATH = Path(sys.argv[1])
-import torch
 from memsave import ops
-from tests.cases.ops import cases_of, inclusion, log_normal, matrix, scales, seed
-torch.set_num_threads(2)
-with ops.use_backend("native"):
-    for case in cases_of("row_inclusion", "draw_rows", "gather_rows"):
-        getattr(ops, case.op)(*case.make())
-    for n in [*range(2, 40), 1023, 1024, 1025, 16384, 16385]:
-        ops.draw_rows(ops.row_inclusion(log_normal(n), max(1, n // 3)), max(1, n // 3), seed(n))
-    try:
-        ops.gather_rows(matrix(6, 4), torch.tensor([0, 6], dtype=torch.int32), scales(2))
-    except IndexError:
-        print("done")
-"""
+from tests.harness import has_kernel
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+# One mistake in each kernel: op, source, what is right, what is wrong, and what the sanitizer says.
+MISTAKES = {
+    "gather_rows": ("r < end; ++r", "r <= end; ++r", "heap-buffer-overflow"),
+    "draw_rows": ("row < n && found < k", "row < n", "heap-buffer-overflow"),
+    "row_inclusion": (
+        "1 + static_cast<int32_t>(share)",
+        "(1 << 30) + 1 + int32_t(share)",
+        "signed integer",
+    ),
+}
 
 
 def runtime_of(compiler: str, name: str) -> str | None:
@@ -39,26 +34,58 @@ def runtime_of(compiler: str, name: str) -> str | None:
     return found if os.path.isabs(found) else None
 
 
-@pytest.mark.slow
-def test_kernels_are_clean_under_the_sanitizers(tmp_path: Path) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    runtimes = [runtime_of(compiler, name) for name in ("libasan.so", "libstdc++.so")] if compiler else [None]
-    if compiler is None or None in runtimes or not (ROOT / "csrc").exists():
-        pytest.skip("needs g++ with libasan on Linux, and csrc/")
-    library = tmp_path / "sanitized.so"
-    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fsanitize=address,undefined"]
-    sources = [str(path) for path in sorted((ROOT / "csrc").glob("*.cpp"))]
-    command = [compiler, *flags, "-fno-sanitize-recover=all", "-shared", "-fPIC", *sources, "-o", str(library)]
-    subprocess.run(command, check=True)
+RUNTIMES = [runtime_of(COMPILER, name) for name in ("libasan.so", "libstdc++.so")] if COMPILER else [None]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(None in RUNTIMES or not CSRC.exists(), reason="needs g++ with libasan on Linux, and csrc/"),
+]
+
+
+def build(csrc: Path, library: Path, *options: str) -> Path:
+    assert COMPILER is not None
+    flags = ["-std=c++17", "-g", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [str(path) for path in sorted(csrc.glob("*.cpp"))]
+    subprocess.run([COMPILER, *flags, *options, "-shared", "-fPIC", *sources, "-o", str(library)], check=True)
+    return library
+
+
+def run(library: Path, *ops: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
-        "LD_PRELOAD": " ".join(path for path in runtimes if path),
+        "LD_PRELOAD": " ".join(path for path in RUNTIMES if path),
         "ASAN_OPTIONS": "detect_leaks=0",  # torch and Python leave memory to the end of the process
+        "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, str(library)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "done\n", done.stderr[-3000:]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ops.sanitized", str(library), *ops]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_kernels_are_clean(tmp_path: Path) -> None:
+    done = run(build(CSRC, tmp_path / "sanitized.so", "-O1"))
+    assert done.stdout.split() == [op for op in ops.backends() if has_kernel(op, "native")], done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library with every mistake, each in a kernel of its own."""
+    folder = tmp_path_factory.mktemp("broken")
+    copy = Path(shutil.copytree(CSRC, folder / "csrc"))
+    for op, (right, wrong, _) in MISTAKES.items():
+        source = copy / f"{op}.cpp"
+        text = source.read_text()
+        assert text.count(right) == 1, f"{source.name} no longer contains {right!r} once: update this mistake"
+        source.write_text(text.replace(right, wrong))
+    return build(copy, folder / "broken.so", "-O0", "-DMS_NO_CLONES")
+
+
+@pytest.mark.parametrize("op", MISTAKES)
+def test_a_mistake_is_noticed(op: str, broken: Path) -> None:
+    """A test of the test: each fault ends the process, with the sanitizer's words."""
+    done = run(broken, op)
+    assert done.returncode != 0 and done.stdout == ""
+    assert MISTAKES[op][2] in done.stderr, done.stderr[-3000:]
+
+
+def test_every_kernel_has_a_mistake() -> None:
+    sources = {path.stem for path in CSRC.glob("*.cpp")} - {"common"}
+    assert set(MISTAKES) == sources

@@ -9,7 +9,7 @@ import torch
 
 from memsave import ops
 from memsave.ops import _native
-from tests.cases.ops import FLOATS, inclusion, log_normal, matrix, row_indices, scales, seed, short
+from tests.cases.ops.inputs import FLOATS, inclusion, log_normal, matrix, row_indices, scales, seed, short
 from tests.ops.allocations import peak_inside_bytes
 
 BACKENDS = ["reference"] + ["native"] * (_native.library() is not None)

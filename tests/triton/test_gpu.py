@@ -1,8 +1,9 @@
-"""Every op on a GPU against the reference on the CPU, in all dtypes, without waiting for the GPU."""
+"""Every op on a GPU through the harness, in all dtypes, without waiting for the GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -10,46 +11,41 @@ import pytest
 import torch
 
 from memsave import ops
-from tests.cases.ops import CASES, OpCase, assert_same, assert_within_budget, matrix, row_indices, scales, to_device
+from tests.cases.ops import CASES, SPECS, sampled_matmul
+from tests.harness import OpCase, assert_same, check, guarded, has_kernel, implementation
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device"),
 ]
 
-KERNELS = ("row_inclusion", "draw_rows", "gather_rows", "sampled_matmul")
+
+def on_gpu(case: OpCase) -> tuple[Any, ...]:
+    """The arguments of a row on the GPU, with their strides."""
+    return tuple(guarded(a, "cuda").tensor if isinstance(a, torch.Tensor) else a for a in case.make())
 
 
-@pytest.fixture(autouse=True)
-def triton_serves() -> Iterator[None]:
-    """Fails where Triton is missing: these tests would pass on the reference."""
-    with ops.use_backend("triton"), torch.no_grad():
-        yield
-
-
-def check(case: OpCase, args: tuple[Any, ...], actual: Any) -> None:
-    if case.exact:
-        reference = import_module(f"memsave.ops.{case.op}.reference")
-        assert_same(actual, getattr(reference, case.op)(*args))
-    else:
-        assert_within_budget(actual.cpu(), case.op, args)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.op != "new_seed"], ids=lambda case: case.id)
-def test_op_on_the_gpu(case: OpCase) -> None:
-    args = case.make()
-    on_gpu = to_device(args, "cuda")
-    op = getattr(ops, case.op)
-    op(*on_gpu)  # compiles, and times the tiles, which waits for the GPU
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     try:
-        actual = op(*on_gpu)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    check(case, args, actual)
 
 
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_op_on_the_gpu(case: OpCase) -> None:
+    """What the op runs there: the Triton kernel, or plain PyTorch where the op has none."""
+    args = on_gpu(case)
+    with ops.use_backend("triton"):  # an error where Triton is missing
+        getattr(ops, case.op)(*args)  # compiles, and times the tiles, which waits for the GPU
+        with waiting_is_an_error():
+            getattr(ops, case.op)(*args)
+    check(case, implementation(case.op, "triton"), "cuda")
+
+
+@pytest.mark.parametrize("op", [op for op in SPECS if has_kernel(op, "triton")])
 def test_triton_is_active(op: str) -> None:
     assert ops.backends()[op]["cuda"]["active"] == "triton"
 
@@ -58,20 +54,15 @@ def test_triton_is_active(op: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("k, d, o", [(4000, 512, 768), (5000, 1024, 16), (5001, 33, 16)])
 def test_every_tile(k: int, d: int, o: int, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tile that tuning may pick, with one slice and with several."""
-    configs = import_module("memsave.ops.sampled_matmul.triton").CONFIGS
-    monkeypatch.setitem(configs, dtype.itemsize, [configs[dtype.itemsize][tile]])
-    args = matrix(8192, o, dtype), matrix(k, d, dtype, value=5), row_indices(8192, k), scales(k)
-    torch.use_deterministic_algorithms(True)  # no tuning: the first config is taken
-    try:
-        actual = ops.sampled_matmul(*to_device(args, "cuda"))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_within_budget(actual.cpu(), "sampled_matmul", args)
+    """Each tile that tuning may pick, with one slice and with several; deterministic mode takes the first."""
+    module = import_module("memsave.ops.sampled_matmul.triton")
+    monkeypatch.setitem(module.CONFIGS, dtype.itemsize, [module.CONFIGS[dtype.itemsize][tile]])
+    case = OpCase(SPECS["sampled_matmul"], f"tile_{tile}", sampled_matmul.arguments(8192, k, d, o, dtype))
+    check(case, module.launch, "cuda", deterministic=(True,))
 
 
 def test_product_is_the_same_every_time() -> None:
-    args = to_device((matrix(8192, 16), matrix(5000, 256, value=5), row_indices(8192, 5000), scales(5000)), "cuda")
+    args = on_gpu(OpCase(SPECS["sampled_matmul"], "sliced", sampled_matmul.arguments(8192, 5000, 256, 16)))
     first = ops.sampled_matmul(*args)
     for _ in range(5):
         assert_same(ops.sampled_matmul(*args), first)

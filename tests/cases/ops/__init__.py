@@ -1,0 +1,20 @@
+"""The case table of the ops: every row drives every implementation, opcheck and the sanitizers.
+
+A file for each op, with `SPEC` (what is right) and `CASES` (the rows). `inputs.py` has values to build rows from.
+"""
+
+from __future__ import annotations
+
+from tests.harness import OpCase, OpSpec
+
+from . import draw_rows, draw_winners, gather_rows, new_seed, row_inclusion, sampled_matmul
+
+_TABLES = (new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul)
+
+SPECS: dict[str, OpSpec] = {table.SPEC.name: table.SPEC for table in _TABLES}
+CASES: list[OpCase] = [case for table in _TABLES for case in table.CASES]
+
+
+def cases_of(*ops: str, large: bool | None = None) -> list[OpCase]:
+    """The rows of the named ops; `large=False` leaves out the large ones."""
+    return [case for case in CASES if case.op in ops and large in (None, case.large)]

@@ -1,0 +1,57 @@
+"""Runs the C++ kernels over the case table, for a process that has a sanitizer loaded: `sanitized.py LIBRARY [OP ...]`.
+
+No guards lie around the tensors here: the sanitizer must see what is beyond them. It ends the process at what it finds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memsave.ops import _native
+from tests.cases.ops import CASES, cases_of
+from tests.cases.ops.inputs import inclusion, log_normal, matrix, scales, seed
+from tests.harness import has_kernel, implementation
+
+
+def must_refuse(launch: Callable[..., Any], *args: Any) -> None:
+    try:
+        launch(*args)
+    except IndexError:
+        return
+    raise AssertionError(f"{launch.__module__} took {args}")
+
+
+def run(op: str) -> None:
+    """Every row of an op, and what else its kernel must survive."""
+    launch = implementation(op, "native")
+    for case in cases_of(op):
+        launch(*case.make())
+    if op == "draw_rows":  # every size of a bucket, and every alignment of the scratch memory
+        for n in [*range(2, 40), 1023, 1024, 1025, 16384, 16385]:
+            launch(inclusion(n, max(1, n // 3)), max(1, n // 3), seed(n))
+        must_refuse(launch, inclusion(10, 2), 9, seed(0))
+        launch(torch.full((9,), 2**32), 2, seed(0))  # more marks than k
+    if op == "row_inclusion":
+        for n in [*range(2, 40), 16384, 16385]:
+            launch(log_normal(n), max(1, n // 3))
+    if op in ("gather_rows", "sampled_matmul"):
+        for outside in (-1, 6, 2**31 - 1, -(2**31)):
+            rows = torch.tensor([0, outside], dtype=torch.int32)
+            must_refuse(launch, matrix(6, 4), *([matrix(2, 3)] if op == "sampled_matmul" else []), rows, scales(2))
+
+
+def main(library: str, *ops: str) -> None:
+    _native.LIBRARY_PATH = Path(library)
+    torch.set_num_threads(2)
+    for op in ops or sorted({case.op for case in CASES if has_kernel(case.op, "native")}):
+        run(op)
+        print(op)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,77 @@
+"""How the JIT would specialize each kernel of memsave for usual arguments: what the ahead-of-time tests compile."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .resources import Build
+
+
+def kernels_of(op: str) -> Any:
+    return import_module(f"memsave.ops.{op}.triton")
+
+
+def integer_builds() -> list[Build]:
+    draw, inclusion = kernels_of("draw_rows"), kernels_of("row_inclusion")
+    block = {"BLOCK": draw.BLOCK}
+    counts = {"N": "i32", "K": "i32"}
+    pointers = dict.fromkeys(("q_permuted", "ends", "permutation", "seed"), "*i64")
+    sorted_sums = dict.fromkeys(("quantized", "ordered", "sums", "room"), "*i64")
+    filled = dict.fromkeys(("room", "filled", "q"), "*i64")
+    builds = [
+        Build("key", draw.key_kernel, {"keys": "*i64", "seed": "*i64", "N": "i32"}, block),
+        Build("hit", draw.hit_kernel, {**pointers, "hits": "*i32", **counts}, block),
+        Build("room", inclusion.room_kernel, {**sorted_sums, **counts}, block),
+        Build("fill", inclusion.fill_kernel, {**filled, **counts}, block),
+    ]
+    for dtype in ("fp16", "bf16", "fp32", "fp64"):
+        types = {"weights": f"*{dtype}", "peak": f"*{dtype}", "quantized": "*i64", "N": "i32"}
+        builds.append(Build(f"quantize_{dtype}", inclusion.quantize_kernel, types, {**block, "stride": 1}))
+    return builds
+
+
+def gather_builds() -> list[Build]:
+    """Every dtype with a scale, and the narrowest, a middle and the widest tile."""
+    gather = kernels_of("gather_rows")
+    rows_of = [("fp16", 4096, True), ("bf16", 4096, True), ("fp32", 4096, True), ("fp64", 1, True)]
+    rows_of += [("bf16", 64, False), ("fp64", 4096, False)]
+    builds = []
+    for dtype, features, scaled in rows_of:
+        block_k, block_d = gather.tile(features)
+        types = {"x": f"*{dtype}", "rows": "*i32", "out": f"*{dtype}", "K": "i32", "D": "i32", "stride_n": "i32"}
+        constants = {"stride_d": 1, "stride_row": 1, "HAS_SCALE": scaled, "BLOCK_K": block_k, "BLOCK_D": block_d}
+        if scaled:
+            types["scale"] = "*fp32"
+            constants["stride_scale"] = 1
+        else:
+            types["stride_scale"] = "i32"
+            constants["scale"] = None
+        name = f"gather_{dtype}_{features}{'_scaled' if scaled else ''}"
+        multiples = ("D", "stride_n") if features > 1 else ()
+        builds.append(Build(name, gather.gather_kernel, types, constants, multiples))
+    return builds
+
+
+def matmul_builds() -> list[Build]:
+    """Every tile that autotuning may pick, for every dtype; the result in that dtype, or in fp32 as partial sums."""
+    matmul = kernels_of("sampled_matmul")
+    sizes = ("K", "OUT", "IN", "slice_rows", "shape_class")
+    strides = ("stride_dy_n", "stride_kept_k")
+    ones = dict.fromkeys(("stride_dy_o", "stride_kept_d", "stride_rows", "stride_scale"), 1)
+    builds = []
+    for dtype, size, precision in [("fp16", 2, "ieee"), ("bf16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32")]:
+        for config in matmul.CONFIGS[size]:
+            tile = "x".join(str(value) for value in config.kwargs.values())
+            types = {"dy": f"*{dtype}", "kept": f"*{dtype}", "rows": "*i32", "scale": "*fp32"}
+            types["out"] = "*fp32" if dtype == "bf16" else f"*{dtype}"
+            types |= dict.fromkeys((*sizes, *strides), "i32")
+            constants = {**ones, "PRECISION": precision, **config.kwargs}
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            multiples = ("K", "OUT", "IN", *strides)
+            name = f"matmul_{dtype}_{precision}_{tile}"
+            builds.append(Build(name, matmul.matmul_kernel, types, constants, multiples, options))
+    return builds
+
+
+BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds()]
