@@ -1,4 +1,4 @@
-"""The correctness gates of the benchmarks: gradients and outputs of ops beside fp64."""
+"""The correctness gates of the benchmarks of models: gradients beside fp64. Ops are checked by `tests.harness`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from tests.cases.ops import assert_same
-
-__all__ = ["CheckFailed", "assert_same", "assert_within_budget", "check_exact", "check_unbiased"]
 
 ERROR_BUDGET = 2.0
 DRAWS = 12
@@ -81,12 +77,3 @@ def check_unbiased(variant: str, step: Differentiable, truth: Mapping[str, Tenso
     if not ratio <= DISTANCE_BUDGET:
         raise CheckFailed(f"{variant}: the mean of {DRAWS} draws is {ratio:.2f}x as far away as chance allows, squared")
     return ratio
-
-
-def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """Largest error against float64 at most twice that of plain PyTorch, or of one rounding where that has less."""
-    rounding = float(torch.finfo(actual.dtype).eps / 2 * exact.abs().max())
-    budget = ERROR_BUDGET * max(float((plain.double() - exact).abs().max()), rounding)
-    error = float((actual.double() - exact).abs().max())
-    if not error <= budget:
-        raise AssertionError(f"error {error:.3g} against float64, the budget is {budget:.3g}")

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.checks import assert_same, assert_within_budget
 from memsave import ops
 from memsave.nn.rows import KeepRows
+from tests.harness import assert_same, assert_within_budget
 
 from .case import Case
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.checks import assert_same, assert_within_budget
 from memsave import ops
+from tests.harness import assert_same, assert_within_budget
 
 from .ops import (
     BF16,
