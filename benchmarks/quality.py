@@ -176,7 +176,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, one result at a time, then draw and fill in the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=train_text.at_least(1), default=5, help="how many seeds, from 0 on (default: 5)")
+    parser.add_argument(
+        "--seeds", type=train_text.at_least(1), default=5, help="how many seeds, from 0 on (default: 5)"
+    )
     parser.add_argument("--size", choices=train_text.SIZES, default="small", help="of the demo's model")
     parser.add_argument("--steps", type=train_text.at_least(3), default=150, help="training steps (default: 150)")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="train on the text files in FOLDER")

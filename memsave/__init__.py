@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .memory import MemoryProfile, measure, saved_bytes
     from .methods import RecomputeNormConfig, WTACRSConfig
+    from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .ops import backends
     from .report import Report
 
@@ -48,6 +49,7 @@ _PLACES = {
     ),
     "memory": ("MemoryProfile", "measure", "saved_bytes"),
     "methods": ("RecomputeNormConfig", "WTACRSConfig"),
+    "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "ops": ("backends",),
     "report": ("Report",),
 }
@@ -71,6 +73,8 @@ __all__ = [
     "convert_model",
     "measure",
     "restore_model",
+    "sample_cache_bytes",
+    "sample_ids",
     "saved_bytes",
 ]
 
