@@ -27,6 +27,7 @@ from torch import Tensor, nn
 # Code 0: not visited. Code c from 1 to 255: 2^((c - 1) / 8 - 4) times the batch's mean, so at least 1/16 of it. That
 # floor bounds what a token weighs whose gradient was zero at the last visit and is not any more.
 STEPS_PER_OCTAVE, FLOOR_OCTAVES = 8, 4
+_VALUES = torch.tensor([1.0, *(2.0 ** ((code - 1) / STEPS_PER_OCTAVE - FLOOR_OCTAVES) for code in range(1, 256))])
 LARGEST_ID = 2**31 - 1
 
 
@@ -157,7 +158,7 @@ class GradNormCache:
             return None
         codes = torch.zeros(len(ids), tokens, dtype=torch.uint8)
         codes[known, :width] = self.codes[ids[known], :width]
-        return decode(codes.to(device, non_blocking=True))
+        return decode(codes).to(device, non_blocking=True)
 
     def write(self, block: Block, codes: Tensor) -> None:
         """Remember the codes (B, T) of a block's samples; where they are 0 the old ones stay."""
@@ -239,7 +240,7 @@ def encode(norms: Tensor) -> Tensor:
 
 def decode(codes: Tensor) -> Tensor:
     """fp32: what `encode` was given, over its mean, within a 16th of an octave; 1 for code 0."""
-    return torch.where(codes == 0, 1.0, torch.exp2((codes.float() - 1) / STEPS_PER_OCTAVE - FLOOR_OCTAVES))
+    return _VALUES[codes.int()]
 
 
 def rounded_up(samples: int) -> int:
