@@ -1,13 +1,15 @@
 """A memory of gradient norms: how large each token's gradient was when its dataset sample was last trained on.
 
 The best probability for row i of a linear's input is |x_i| |dy_i|, but forward does not know dy_i. With
-`with memsave.sample_ids(ids):` around a step, forward takes what the same sample's dy_i was at its previous visit
-instead. Any positive guess leaves the gradient unbiased; a good one lowers its variance. Source: Liu et al. 2023, arXiv
-2305.15265. (Its released code is biased at a sample's first visit; here a token without a past counts as average.)
+`with memsave.sample_ids(ids):` around a step, forward takes |x_i| (1 + r_i) / 2 instead, where r_i is the norm that
+dy_i had when the same sample was last visited, relative to the mean of its batch. Any positive guess leaves the
+gradient unbiased; a good one lowers its variance, and a bad one at most doubles it, because half of the guess is what
+is used without a memory (a defensive mixture: Hesterberg 1995). Source of the idea: Liu et al. 2023, arXiv 2305.15265.
+(Its released code takes r_i alone, and is biased at a sample's first visit; here a token without a past is average.)
 
-The norms are stored relative to the mean of their batch, so that loss scaling, gradient accumulation and the size of
-the batch cancel out. Backward only collects them; they are written to the memory when the next `sample_ids` block
-begins, so that a forward that is run again in backward (activation checkpointing) draws as the first one did.
+Relative to the mean, loss scaling, gradient accumulation and the size of the batch cancel out. Backward only collects
+the norms; they are written to the memory when the next `sample_ids` block begins, so that a forward that is run again
+in backward (activation checkpointing) draws as the first one did.
 
 Shapes: B samples in the batch, T tokens of each, N = B * T rows; the memory is (S, L) uint8: S samples, L tokens.
 """
@@ -24,10 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Code 0: not visited. Code c from 1 to 255: 2^((c - 1) / 8 - 4) times the batch's mean, so at least 1/16 of it. That
-# floor bounds what a token weighs whose gradient was zero at the last visit and is not any more.
-STEPS_PER_OCTAVE, FLOOR_OCTAVES = 8, 4
-_VALUES = torch.tensor([1.0, *(2.0 ** ((code - 1) / STEPS_PER_OCTAVE - FLOOR_OCTAVES) for code in range(1, 256))])
+# Codes. Code c from 2 on is the norm 2^((c - 2) / 8 - 5) over the mean; from 1/32 down it makes no difference.
+UNKNOWN, ZERO, SMALLEST = 0, 1, 2
+STEPS_PER_OCTAVE, OCTAVES_BELOW_MEAN = 8, 5
+# Zero is mostly padding, which stays zero. Where it does not, this bounds by how much the variance can grow.
+FACTOR_OF_ZERO = 1 / 16
+_NORMS = [2.0 ** ((code - SMALLEST) / STEPS_PER_OCTAVE - OCTAVES_BELOW_MEAN) for code in range(SMALLEST, 256)]
+_FACTORS = torch.tensor([1.0, FACTOR_OF_ZERO, *((1 + norm) / 2 for norm in _NORMS)])
 LARGEST_ID = 2**31 - 1
 
 
@@ -151,7 +156,7 @@ class GradNormCache:
         return self._visit
 
     def factors(self, ids: Tensor, tokens: int, device: torch.device) -> Tensor | None:
-        """(B, T) fp32: the remembered norm of each token, relative to its batch's mean; 1 where there is none."""
+        """(B, T) fp32: by how much each token's weight is multiplied; 1 where nothing is known of it."""
         known = (ids < self.codes.shape[0]).nonzero().flatten()  # (K,)
         width = min(tokens, self.codes.shape[1])
         if not (len(known) and width):
@@ -161,7 +166,7 @@ class GradNormCache:
         return decode(codes).to(device, non_blocking=True)
 
     def write(self, block: Block, codes: Tensor) -> None:
-        """Remember the codes (B, T) of a block's samples; where they are 0 the old ones stay."""
+        """Remember the codes (B, T) of a block's samples; where they are `UNKNOWN` the old ones stay."""
         samples, length = self.codes.shape
         needed, tokens = int(block.different.max()) + 1, codes.shape[1]
         if needed > samples or tokens > length:
@@ -169,7 +174,7 @@ class GradNormCache:
             larger[:samples, :length] = self.codes
             self.codes = larger
         new, old = codes[block.places], self.codes[block.different, :tokens]  # (U, T)
-        self.codes[block.different, :tokens] = torch.where(new > 0, new, old)
+        self.codes[block.different, :tokens] = torch.where(new != UNKNOWN, new, old)
 
 
 class Visit:
@@ -230,17 +235,18 @@ def remember() -> None:
 def encode(norms: Tensor) -> Tensor:
     """(N,) uint8 codes of norms relative to the mean of those that are not 0 (padding has none).
 
-    All 0, so that the visit counts for nothing, where a norm is not finite (a loss scaler's overflow) or all are 0.
+    All are `UNKNOWN`, so that the visit counts for nothing, where one is not finite (a loss scaler's overflow) or none
+    is above 0.
     """
     mean = norms.sum() / (norms > 0).sum()
-    steps = STEPS_PER_OCTAVE * ((norms / mean).log2() + FLOOR_OCTAVES)
-    codes = steps.round().clamp(0, 254).nan_to_num(0) + 1
-    return torch.where(mean.isfinite(), codes, 0.0).to(torch.uint8)
+    steps = STEPS_PER_OCTAVE * ((norms / mean).log2() + OCTAVES_BELOW_MEAN)
+    codes = torch.where(norms > 0, steps.round().clamp(0, 255 - SMALLEST) + SMALLEST, ZERO)
+    return torch.where(mean.isfinite(), codes, UNKNOWN).to(torch.uint8)
 
 
 def decode(codes: Tensor) -> Tensor:
-    """fp32: what `encode` was given, over its mean, within a 16th of an octave; 1 for code 0."""
-    return _VALUES[codes.int()]
+    """fp32 factors: (1 + r) / 2 for a norm of r times the mean, r within a 16th of an octave."""
+    return _FACTORS[codes.int()]
 
 
 def rounded_up(samples: int) -> int:

@@ -50,7 +50,7 @@ def visit(model: nn.Module, ids: Sequence[int], x: Tensor, dy: Tensor) -> None:
 
 
 def factors(model: nn.Module, ids: Sequence[int], tokens: int = T) -> Tensor:
-    """(B, T): what is remembered now, in the only memory that `model` has."""
+    """(B, T): the factors of the tokens' weights now, by the only memory that `model` has."""
     grad_norms.remember()
     (cache,) = (c for c in caches(model) if c.codes.numel())
     found = cache.factors(torch.tensor(ids), tokens, torch.device("cpu"))
@@ -64,5 +64,5 @@ def caches(model: nn.Module) -> list[GradNormCache]:
 
 
 def rounded(norms: Tensor) -> Tensor:
-    """Norms over their mean, as exactly as the memory has them."""
+    """What the factors are after a visit with these norms."""
     return decode(encode(norms.flatten())).view_as(norms)

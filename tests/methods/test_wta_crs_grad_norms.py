@@ -33,7 +33,7 @@ def test_the_second_visit_draws_by_both_norms(estimator: str) -> None:
         found = last_weight_grad(model, new_x, new_dy)
     known = rounded(dy.norm(dim=-1))
     expected_factors = torch.stack([known[IDS.index(2)], known[IDS.index(0)], torch.ones(T)])
-    assert expected_factors.max() > 4 and expected_factors.min() < 0.25
+    assert expected_factors.max() > 4 and expected_factors.min() < 0.6
     torch.manual_seed(5)
     flat_x, flat_dy = new_x.flatten(0, 1), new_dy.flatten(0, 1)
     rows, scale = KeepRows(KEEP_RATIO, 1, estimator).draw(flat_x, ops.new_seed(flat_x), expected_factors.flatten())
@@ -70,9 +70,9 @@ def test_zero_norms_do_not_bias(visits: int, estimator: str) -> None:
     assert max(found.values()) < 4, found
 
 
-def test_the_variance_falls_to_that_of_the_best_probabilities() -> None:
-    """At the second visit of data whose gradient norms differ; the closed form is Hajek's for weights |x_i| |dy_i|."""
-    model, (x, dy) = cached(linear()), data(tokens=64)
+def test_the_variance_falls_towards_that_of_the_best_probabilities() -> None:
+    """At the second visit of data whose gradient norms differ; the closed form is Hajek's for the weights in use."""
+    model, (x, dy) = cached(linear()), data(tokens=64, spread=1.0)
     flat_x, flat_dy = x.flatten(0, 1), dy.flatten(0, 1)
     exact, k = flat_dy.t() @ flat_x, int(KEEP_RATIO * B * 64)
 
@@ -81,12 +81,14 @@ def test_the_variance_falls_to_that_of_the_best_probabilities() -> None:
             draws = torch.stack([last_weight_grad(model, x, dy) for _ in range(1500)])
         return float((draws - exact).square().sum(dim=(1, 2)).mean())
 
-    by_x = pps_variance(flat_x.double(), flat_dy.double(), k)
-    best = pps_variance(flat_x.double(), flat_dy.double(), k, flat_x.norm(dim=1) * flat_dy.norm(dim=1))
-    assert variance() == pytest.approx(float(by_x), rel=0.1)
-    second = variance()
-    assert second < 0.1 * by_x
-    assert second == pytest.approx(float(best), rel=0.2)  # the codes' rounding and floor cost a little
+    def closed_form(factors: Tensor) -> float:
+        return float(pps_variance(flat_x.double(), flat_dy.double(), k, flat_x.norm(dim=1) * factors))
+
+    norms = flat_dy.norm(dim=1)
+    by_x, mixed, best = (closed_form(f) for f in (torch.ones(B * 64), (1 + norms / norms.mean()) / 2, norms))
+    assert best < mixed < 1.5 * best < 0.5 * by_x, (best, mixed, by_x)
+    assert variance() == pytest.approx(by_x, rel=0.1)
+    assert variance() == pytest.approx(mixed, rel=0.1)
 
 
 def test_siblings_remember_the_root_of_the_sum_of_squares_once() -> None:
