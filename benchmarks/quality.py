@@ -30,7 +30,6 @@ import train_text  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "wta_crs_quality.json"
 PAGE, PLOT = ROOT / "docs" / "wta_crs.md", ROOT / "docs" / "wta_crs_quality.png"
 STEPS_PER_POINT = 5
-_BLOCK = re.compile(r"(<!-- quality -->\n).*?(<!-- end of quality -->)", re.DOTALL)
 
 LINEARS = {"down_proj": train_text.SAMPLED_LINEARS, "all linears of the blocks": r".*\.layers\..*_proj"}
 SAMPLED = {"pps 0.3": ("pps", 0.3), "wta_crs 0.3": ("wta_crs", 0.3), "pps 0.1": ("pps", 0.1)}
@@ -103,12 +102,12 @@ def read_runs(path: Path, settings: dict[str, Any]) -> list[Trained]:
     return [Trained(**run) for run in data["runs"]]
 
 
-def write_runs(path: Path, settings: dict[str, Any], runs: Sequence[Trained]) -> None:
-    """Write the result file, one run a line, so that it is whole at every moment."""
-    lines = ",\n  ".join(json.dumps(asdict(run)) for run in runs)
+def write_results(path: Path, settings: dict[str, Any], name: str, results: Sequence[dict[str, Any]]) -> None:
+    """Write a result file, `name` as a list with one result a line; the file is whole at every moment."""
+    lines = ",\n  ".join(json.dumps(result) for result in results)
     head = json.dumps(settings, indent=1).removesuffix("\n}")
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(f'{head},\n "runs": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+    unfinished.write_text(f'{head},\n "{name}": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -143,9 +142,10 @@ def _spread(values: Sequence[float], style: str) -> str:
     return f"{statistics.fmean(values):{style}3f} ({min(values):{style}3f} to {max(values):{style}3f})"
 
 
-def filled(page: str, data: dict[str, Any]) -> str:
-    """The text of a page with the table as the result file has it."""
-    return _BLOCK.sub(lambda block: f"{block[1]}{table(data)}\n{block[2]}", page)
+def filled(page: str, block: str, text: str) -> str:
+    """The text of a page with `text` between `<!-- block -->` and `<!-- end of block -->`."""
+    start, end = f"<!-- {block} -->\n", f"<!-- end of {block} -->"
+    return re.sub(f"{start}.*?{end}", lambda _: f"{start}{text}\n{end}", page, flags=re.DOTALL)
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
@@ -196,11 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for linears, variant in VARIANTS:
             if seed not in of_variant(runs, linears, variant):
                 runs.append(train(linears, variant, seed, options))
-                write_runs(chosen.out, settings, runs)
+                write_results(chosen.out, settings, "runs", [asdict(run) for run in runs])
                 print(f"seed {seed}, {linears}, {variant}: validation loss {runs[-1].validation_loss:.4f}", flush=True)
     data = json.loads(chosen.out.read_text(encoding="utf-8"))
     draw(data, chosen.plot)
-    chosen.page.write_text(filled(chosen.page.read_text(encoding="utf-8"), data), encoding="utf-8")
+    page = chosen.page.read_text(encoding="utf-8")
+    chosen.page.write_text(filled(page, "quality", table(data)), encoding="utf-8")
     print(f"Written: {chosen.out}, {chosen.plot}, {chosen.page}")
 
 
