@@ -31,9 +31,10 @@ class WTACRSConfig(TargetedConfig):
         keep_ratio: fraction of the N input rows kept for backward, in (0, 1]; 1 is the plain linear.
         min_rows: never keep fewer rows than this (nor more than N).
         estimator: "pps" (default, lowest variance), "wta_crs" (the paper's) or "crs" (plain column-row sampling).
-        grad_norms: "none" (default): rows are drawn by |x|; "sample_cache": by |x| times the token's gradient norm at
-            its dataset sample's previous visit, which lowers the variance from the second epoch on. Steps must run in
-            `with memsave.sample_ids(ids):`. Takes CPU memory: see `memsave.sample_cache_bytes`.
+        grad_norms: "none" (default): rows are drawn by |x|; "sample_cache": by |x| (1 + r) / 2, where r is the token's
+            gradient norm at its dataset sample's previous visit, over the batch's mean. It can lower the variance from
+            the second epoch on. Steps must run in `with memsave.sample_ids(ids):`. Takes CPU memory: see
+            `memsave.sample_cache_bytes`.
         save_grad_norms: whether these norms are part of the `state_dict` and of copies of the model.
 
     Raises:

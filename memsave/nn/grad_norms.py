@@ -3,9 +3,10 @@
 The best probability for row i of a linear's input is |x_i| |dy_i|, but forward does not know dy_i. With
 `with memsave.sample_ids(ids):` around a step, forward takes |x_i| (1 + r_i) / 2 instead, where r_i is the norm that
 dy_i had when the same sample was last visited, relative to the mean of its batch. Any positive guess leaves the
-gradient unbiased; a good one lowers its variance, and a bad one at most doubles it, because half of the guess is what
-is used without a memory (a defensive mixture: Hesterberg 1995). Source of the idea: Liu et al. 2023, arXiv 2305.15265.
-(Its released code takes r_i alone, and is biased at a sample's first visit; here a token without a past is average.)
+gradient unbiased; a good one lowers its variance, and a bad one roughly doubles it at worst, because half of the guess
+is what is used without a memory (a defensive mixture: Hesterberg 1995). The idea is that of Liu et al. 2023, arXiv
+2305.15265, whose released code takes r_i alone, and is biased at a sample's first visit; here, a token without a past
+is average.
 
 Relative to the mean, loss scaling, gradient accumulation and the size of the batch cancel out. Backward only collects
 the norms; they are written to the memory when the next `sample_ids` block begins, so that a forward that is run again
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 # Codes. Code c from 2 on is the norm 2^((c - 2) / 8 - 5) over the mean; from 1/32 down it makes no difference.
 UNKNOWN, ZERO, SMALLEST = 0, 1, 2
@@ -60,8 +62,8 @@ def sample_ids(ids: Tensor | Iterable[int]) -> Iterator[None]:
     what the linears read, and token t of a sample is the same token at every visit: pad on the right, not the left.
 
     Args:
-        ids: (B,) integer tensor, or a sequence of B whole numbers: indices of the samples in the dataset, from 0 on. Of
-            a sample that is in the batch twice, the last place is remembered.
+        ids: (B,) integer tensor, best on the CPU, or a sequence of B whole numbers: indices of the samples in the
+            dataset, from 0 on. Of a sample that is in the batch twice, the last place is remembered.
 
     Raises:
         ValueError: ids of another kind, none at all, or a block inside another one. Nothing was changed.
@@ -136,7 +138,7 @@ class GradNormCache:
         """
         again = torch._C._current_graph_task_id() != -1
         self._block = _open or (self._block if again else None)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or is_fake(x):
             return None
         if self._block is None:
             _warn_once(
@@ -147,8 +149,8 @@ class GradNormCache:
         samples, rows = len(self._block.ids), x.numel() // x.shape[-1]
         if x.shape[0] % samples:
             _warn_once(
-                f"{module._get_name()} of shape {tuple(module.weight.shape)} reads rows that are not {samples} samples "  # type: ignore[arg-type]
-                "of equal length (routed or packed tokens?), so its rows are drawn by |x| alone"
+                f"{module._get_name()} of shape {tuple(module.get_parameter('weight').shape)} reads rows that are not "
+                f"{samples} samples of equal length (routed or packed tokens?), so its rows are drawn by |x| alone"
             )
             return None
         if self._visit is None or not self._visit.is_of(self._block, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import memsave
@@ -19,7 +21,7 @@ from memsave.nn.rows import KeepRows
 
 from ..nn.test_pairing import RUNS
 from .linears import OUT, D, last_weight_grad
-from .remembered import IDS, T, cached, caches, data, factors, linear, rounded, visit
+from .remembered import B, IDS, T, cached, caches, data, factors, linear, rounded, visit
 from .test_wta_crs import deviations
 
 pytestmark = pytest.mark.usefixtures("fresh_memory")
@@ -132,6 +134,18 @@ def test_a_compiled_model_goes_without_and_warns_once() -> None:
     with torch.no_grad():
         exact = dy.flatten(0, 1).t() @ model[0](x).flatten(0, 1)
     assert max(deviations(draws, exact).values()) < 4
+
+
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_a_step_on_fake_tensors_remembers_nothing_and_does_not_warn(ids: list[int] | None) -> None:
+    """As predictions of memory make them."""
+    with FakeTensorMode():
+        model, x, dy = linear(), torch.randn(B, T, D), torch.randn(B, T, OUT)
+        memsave.convert_model(model, memsave.WTACRSConfig(grad_norms="sample_cache", target_modules=r".*"))
+        with contextlib.nullcontext() if ids is None else memsave.sample_ids(ids):
+            model(x).backward(dy)
+        assert model[0].weight.grad is not None
+    assert grad_norms._pending == []
 
 
 def test_copies_and_pickles_begin_with_an_empty_memory_unless_it_is_saved() -> None:
