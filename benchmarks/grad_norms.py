@@ -30,7 +30,11 @@ KEEP_RATIO = 0.3
 PRETRAINING_SEED = 9
 # By name: steps on other batches first, and the learning rate of the epochs.
 TRAININGS = {"from random weights": (0, 1e-3), "from trained weights": (80, 1e-4)}
-WEIGHTS = {"remembered": "|x| (1 + r) / 2", "norms alone": "|x| r", "best": "best possible"}
+WEIGHTS = {
+    "remembered": "half remembered norms (memsave)",
+    "norms alone": "remembered norms alone (paper)",
+    "best": "the norms themselves (best)",
+}
 
 
 def expected_variance(x: Tensor, dy: Tensor, weights: Tensor, k: int) -> float:

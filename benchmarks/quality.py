@@ -149,28 +149,36 @@ def filled(page: str, block: str, text: str) -> str:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Write the picture: training loss by step, mean and range over the seeds, one panel per choice of linears."""
+    """Write the picture: training losses by step, and below what they are more than plain's of the same seed."""
     from matplotlib.figure import Figure
 
     runs = [Trained(**run) for run in data["runs"]]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(LINEARS), sharey=True)
-    for axes, linears in zip(panels, LINEARS, strict=True):
-        for variant, color in COLORS.items():
-            found = of_variant(runs, "none" if variant == "plain" else linears, variant).values()
-            curves = list(zip(*(run.training_losses for run in found), strict=True))  # one tuple of seeds per point
-            steps = [STEPS_PER_POINT * (point + 0.5) for point in range(len(curves))]
-            validation = statistics.fmean(run.validation_loss for run in found)
+    plain = of_variant(runs, "none", "plain")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, len(LINEARS), sharex=True, sharey="row")
+    for (losses, differences), linears in zip(panels.T, LINEARS, strict=True):
+        for variant in COLORS:
+            found = plain if variant == "plain" else of_variant(runs, linears, variant)
+            validation = statistics.fmean(run.validation_loss for run in found.values())
             label = f"{variant} (validation {validation:.3f})"
-            axes.plot(steps, [statistics.fmean(curve) for curve in curves], color=color, label=label, linewidth=1.2)
-            axes.fill_between(steps, *zip(*((min(c), max(c)) for c in curves), strict=True), color=color, alpha=0.15)
-        axes.set_title(f"rows sampled in {linears}")
-        axes.set_xlabel("step")
-        axes.legend(frameon=False)
-    panels[0].set_ylabel("training loss (nats per byte)")
-    seeds = len({run.seed for run in runs})
-    figure.suptitle(f"Mean of {seeds} seeds and, shaded, their range; plain is the same in both panels")
+            _draw_curves(losses, [run.training_losses for run in found.values()], variant, label)
+            pairs = [(run.training_losses, plain[seed].training_losses) for seed, run in found.items()]
+            _draw_curves(differences, [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs], variant)
+        losses.set_title(f"rows sampled in {linears}")
+        losses.legend(frameon=False)
+        differences.set_xlabel("step")
+    panels[0][0].set_ylabel("training loss (nats per byte)")
+    panels[1][0].set_ylabel("more than plain of the same seed")
+    figure.suptitle(f"Mean of {len(plain)} seeds and, shaded, their range; plain is the same on both sides")
     figure.savefig(path, dpi=110)
+
+
+def _draw_curves(axes: Any, curves: Sequence[Sequence[float]], variant: str, label: str | None = None) -> None:
+    """The mean of curves, one for each seed, and their range."""
+    points = list(zip(*curves, strict=True))  # the seeds' values at each point
+    steps = [STEPS_PER_POINT * (point + 0.5) for point in range(len(points))]
+    axes.plot(steps, [statistics.fmean(p) for p in points], color=COLORS[variant], label=label, linewidth=1.3)
+    axes.fill_between(steps, [min(p) for p in points], [max(p) for p in points], color=COLORS[variant], alpha=0.12)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from memsave.nn.rows import KeepRows
 
 from ..nn.test_pairing import RUNS
 from .linears import OUT, D, last_weight_grad
-from .remembered import B, IDS, T, cached, caches, data, factors, linear, rounded, visit
+from .remembered import IDS, B, T, cached, caches, data, factors, linear, rounded, visit
 from .test_wta_crs import deviations
 
 pytestmark = pytest.mark.usefixtures("fresh_memory")
