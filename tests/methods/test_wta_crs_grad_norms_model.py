@@ -83,6 +83,28 @@ def test_checkpointing_replays_the_draw_of_the_visit(run: str, inside: bool, mon
     assert len(draws) == (12 if run == "reentrant" else 24)
 
 
+def test_blocks_around_each_backward_of_two_checkpointed_micro_batches() -> None:
+    """Both forwards run first, so each recomputation needs to be told whose it is."""
+    torch.manual_seed(0)
+    plain, ids = nn.Sequential(Deep()), (IDS[:2], IDS[2:])
+    found = []
+    for run in ("eager", "non-reentrant", "reentrant"):
+        model = cached(plain)
+        visit(model, IDS, data()[0], data()[0])
+        torch.manual_seed(1)
+        model.zero_grad()
+        losses = []
+        for each, x in zip(ids, data(seed=1)[0].split(2), strict=True):
+            with memsave.sample_ids(each):
+                losses.append(RUNS[run](model, x.requires_grad_()).square().sum())
+        for each, loss in zip(ids, losses, strict=True):
+            with memsave.sample_ids(each):
+                loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for grads in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads, found[0], strict=True))
+
+
 def test_a_later_block_without_ids_is_not_taken_for_the_last_one() -> None:
     model, (x, dy) = cached(linear()), data()
     visit(model, IDS, x, dy)
