@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .memory import MemoryProfile, estimate, measure, saved_bytes
     from .methods import RecomputeNormConfig, WTACRSConfig
+    from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .ops import backends
     from .report import Report
 
@@ -50,6 +51,7 @@ _PLACES = {
     ),
     "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
     "methods": ("RecomputeNormConfig", "WTACRSConfig"),
+    "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "ops": ("backends",),
     "report": ("Report",),
 }
@@ -75,6 +77,8 @@ __all__ = [
     "estimate",
     "measure",
     "restore_model",
+    "sample_cache_bytes",
+    "sample_ids",
     "saved_bytes",
 ]
 

@@ -146,7 +146,10 @@ def test_from_dict_leaves_its_argument_alone() -> None:
 def test_text_shows_every_setting_that_is_not_none() -> None:
     assert str(RecomputeNormConfig()) == "RecomputeNormConfig()"
     text = str(WTACRSConfig(keep_ratio=0.5, target_modules=["q"]))
-    assert text == "WTACRSConfig(target_modules=('q',), keep_ratio=0.5, min_rows=16, estimator='pps')"
+    assert (
+        text == "WTACRSConfig(target_modules=('q',), keep_ratio=0.5, min_rows=16, estimator='pps', "
+        "grad_norms='none', save_grad_norms=False)"
+    )
 
 
 def test_guarantees_read_as_words_and_as_json() -> None:

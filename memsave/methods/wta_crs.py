@@ -18,8 +18,9 @@ from torch import nn
 from .. import ops
 from ..config import Guarantee, TargetedConfig
 from ..nn.converted import swap, unswap, why_not_back, why_not_in_place
+from ..nn.grad_norms import GradNormCache
 from ..nn.linear import ConvertedLinear, is_linear
-from ..nn.rows import ESTIMATORS, KeepRows
+from ..nn.rows import ESTIMATORS, GRAD_NORMS, KeepRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,15 @@ class WTACRSConfig(TargetedConfig):
         keep_ratio: fraction of the N input rows kept for backward, in (0, 1]; 1 is the plain linear.
         min_rows: never keep fewer rows than this (nor more than N).
         estimator: "pps" (default, lowest variance), "wta_crs" (the paper's) or "crs" (plain column-row sampling).
+        grad_norms: "none" (default): rows are drawn by |x|; "sample_cache": by |x| (1 + r) / 2, where r is the token's
+            gradient norm at its dataset sample's previous visit, over the batch's mean. It can lower the variance from
+            the second epoch on. Steps must run in `with memsave.sample_ids(ids):`. Takes CPU memory: see
+            `memsave.sample_cache_bytes`.
+        save_grad_norms: whether these norms are part of the `state_dict` and of copies of the model.
 
     Raises:
-        ValueError: a ratio outside (0, 1], min_rows below 1, an unknown estimator, or no target_modules.
+        ValueError: a ratio outside (0, 1], min_rows below 1, an unknown estimator or grad_norms, save_grad_norms that
+            is no bool or has nothing to save, or no target_modules.
     """
 
     name: ClassVar[str] = "wta_crs"
@@ -42,6 +49,8 @@ class WTACRSConfig(TargetedConfig):
     keep_ratio: float = 0.3
     min_rows: int = 16
     estimator: str = "pps"
+    grad_norms: str = "none"
+    save_grad_norms: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +64,13 @@ class WTACRSConfig(TargetedConfig):
             raise ValueError(f"WTACRSConfig.min_rows: expected a whole number of at least 1, got {self.min_rows!r}")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"WTACRSConfig.estimator: expected one of {list(ESTIMATORS)}, got {self.estimator!r}")
+        if self.grad_norms not in GRAD_NORMS:
+            raise ValueError(f"WTACRSConfig.grad_norms: expected one of {list(GRAD_NORMS)}, got {self.grad_norms!r}")
+        if not isinstance(self.save_grad_norms, bool) or (self.save_grad_norms and self.grad_norms == "none"):
+            raise ValueError(
+                "WTACRSConfig.save_grad_norms: expected False, or True with grad_norms='sample_cache', got "
+                f"{self.save_grad_norms!r} with {self.grad_norms!r}"
+            )
 
     def candidate(self, module: nn.Module) -> bool:
         return is_linear(module)
@@ -65,15 +81,20 @@ class WTACRSConfig(TargetedConfig):
         return why_not_in_place(module)
 
     def parts(self, module: nn.Module) -> Mapping[str, object]:
-        return {"keep": KeepRows(self.keep_ratio, self.min_rows, self.estimator), "weight_grad": "rows"}
+        keep = KeepRows(self.keep_ratio, self.min_rows, self.estimator, self.grad_norms)
+        return {"keep": keep, "weight_grad": "rows"}
 
     def convert(self, module: nn.Module) -> nn.Module:
-        return swap(module, ConvertedLinear, self)
+        swap(module, ConvertedLinear, self)
+        if self.grad_norms == "sample_cache":
+            module.__dict__["_memsave_grad_norms"] = GradNormCache(self.save_grad_norms)
+        return module
 
     def why_not_restore(self, module: nn.Module) -> str | None:
         return why_not_back(module)
 
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
+        module.__dict__.pop("_memsave_grad_norms", None)
         return unswap(module, self.name)
 
     def backend(self, module: nn.Module) -> str:

@@ -23,6 +23,7 @@ from .. import ops
 from . import note as notes
 from .converted import Converted, original_class
 from .eager import no_autocast, once_differentiable, only_input, plain
+from .grad_norms import GradNormCache, Visit, warn_of_compiler
 from .note import Recipe
 from .rows import KeepRows, Sample, draw_sample, poison, sample_of
 
@@ -36,6 +37,29 @@ class ConvertedLinear(Converted):
     @property
     def _transposed(self) -> bool:
         return not issubclass(self._memsave_base, nn.Linear)
+
+    @property
+    def _grad_norm_cache(self) -> GradNormCache | None:
+        return self.__dict__.get("_memsave_grad_norms")
+
+    def extra_repr(self) -> str:
+        cache = self._grad_norm_cache
+        return super().extra_repr() + (f", grad_norms: {cache.codes.nbytes} bytes" if cache is not None else "")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        cache = self._grad_norm_cache
+        if cache is not None and cache.saved and (codes := cache.state()).numel():
+            destination[prefix + "grad_norms"] = codes if keep_vars else codes.clone()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        cache = self._grad_norm_cache
+        if cache is not None and cache.saved and (codes := state_dict.pop(prefix + "grad_norms", None)) is not None:
+            try:
+                cache.load(codes)
+            except ValueError as error:
+                args[-1].append(f"{prefix}{error}")  # torch raises all that goes wrong together
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def _keep_rows(self, num_rows: int) -> KeepRows | None:
         """The `keep` part, where it would keep fewer than all rows of a training step."""
@@ -54,18 +78,20 @@ class ConvertedLinear(Converted):
         # checkpointing runs forward once without and once with gradients, and both must leave torch's random stream
         # in the same state.
         seed = ops.new_seed(x) if keep is not None else None
+        cache = None if keep is None or compiling else self._grad_norm_cache
+        visit = cache.visit(x, self) if cache is not None else None  # type: ignore[arg-type]
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)  # type: ignore[misc]
         dtype = _product_dtype(x, self.weight)
         if compiling:
             if keep is None:
                 return super().forward(x)  # type: ignore[misc]
-            settings = (keep.keep_ratio, keep.min_rows, keep.estimator)
+            settings = (keep.keep_ratio, keep.min_rows, keep.estimator, keep.grad_norms)
             return _sampled_linear(x, self.weight, self.bias, self._transposed, dtype, seed, *settings)
         note = notes.find(x)
         sample = None
         if keep is not None and seed is not None:
-            sample = sample_of(id(self), x, keep, seed, dtype, noted=note is not None)
+            sample = sample_of(id(self), x, keep, seed, dtype, noted=note is not None, visit=visit)
         elif note is None:
             return super().forward(x)  # type: ignore[misc]
         else:
@@ -73,7 +99,12 @@ class ConvertedLinear(Converted):
         sampled = (sample.tensors if sample else None) or ()
         kept = (*sampled, *(note.tensors if note else ()))
         # The context holds no tensor of the sample or the note, so that hooks can take them over.
-        shared = _Shared(len(sampled), note.recipe if note else None, weakref.ref(sample) if sample else None)
+        shared = _Shared(
+            len(sampled),
+            note.recipe if note else None,
+            weakref.ref(sample) if sample else None,
+            sample.visit if sample else None,
+        )
         return _Linear.apply(x, self.weight, self.bias, self._transposed, dtype, shared, *kept)
 
     def _fits(self, x: Tensor) -> bool:
@@ -128,11 +159,12 @@ def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _Shared(NamedTuple):
-    """How many of the kept tensors are the sample's, and what siblings share; neither of it holds a tensor."""
+    """How many of the kept tensors are the sample's, and what siblings share; none of it holds a tensor of forward."""
 
     num_sampled: int
-    recipe: Recipe | None
-    sample: weakref.ref[Sample] | None
+    recipe: Recipe | None = None
+    sample: weakref.ref[Sample] | None = None
+    visit: Visit | None = None
 
 
 class _Linear(torch.autograd.Function):
@@ -182,15 +214,18 @@ class _Linear(torch.autograd.Function):
 def _sampled_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, dtype: torch.dtype, seed: Tensor, *keep: Any
 ) -> Tensor:
-    """The sampled linear under a compiler: no notes, no siblings; `keep` are the fields of a `KeepRows`."""
+    """The sampled linear under a compiler: no notes, no siblings, no gradient norms; `keep` are `KeepRows`' fields."""
+    settings = KeepRows(*keep)
+    if settings.grad_norms == "sample_cache":
+        warn_of_compiler()
     with torch.no_grad():
-        sample = draw_sample(x.detach().reshape(-1, x.shape[-1]), KeepRows(*keep), seed, dtype)
-    return _Linear.apply(x, weight, bias, transposed, dtype, _Shared(len(sample), None, None), *sample)
+        sample = draw_sample(x.detach().reshape(-1, x.shape[-1]), settings, seed, dtype)
+    return _Linear.apply(x, weight, bias, transposed, dtype, _Shared(len(sample)), *sample)
 
 
 def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[Tensor]) -> Tensor:
     """dW (O, D) from dy (N, O) and the tensors that were kept."""
-    num_sampled, recipe, sample = shared
+    num_sampled, recipe, sample, visit = shared
     sampled, noted = tensors[:num_sampled], tensors[num_sampled:]
     if not sampled and recipe is not None:
         x = recipe.output(noted).to(dtype)  # (..., D)
@@ -198,6 +233,8 @@ def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[
     rows, scale, poisoned, *stored = sampled
     if sample is not None and (drawn := sample()) is not None:
         drawn.release()
+    if visit is not None:
+        visit.add(dy)
     kept = stored[0] if recipe is None else recipe.output_rows(noted, rows).to(dtype)  # (k, D)
     dweight = ops.sampled_matmul(dy, kept, rows, scale)
     dweight += poison(dy).to(dweight.dtype)[:, None]

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
+from .grad_norms import Visit
 from .note import Held, HookMark
 
 ESTIMATORS = ("pps", "wta_crs", "crs")
+GRAD_NORMS = ("none", "sample_cache")
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,28 @@ class KeepRows:
         keep_ratio: k = floor(keep_ratio * N), in (0, 1].
         min_rows: k is never below this (nor above N).
         estimator: one of `ESTIMATORS`.
+        grad_norms: one of `GRAD_NORMS`: what is known of the rows of dy when x is drawn from (see `grad_norms.py`).
     """
 
     keep_ratio: float
     min_rows: int
     estimator: str
+    grad_norms: str = "none"
 
     def num_rows(self, n: int) -> int:
         """k for n rows."""
         # The small addend undoes rounding: 0.29 * 100 is 28.999999999999996.
         return min(n, max(self.min_rows, int(self.keep_ratio * n + 1e-9)))
 
-    def draw(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw k rows of x (N, D) by `seed`: rows (k,) and scale (k,). k must be below N."""
+    def draw(self, x: Tensor, seed: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draw k rows of x (N, D) by `seed`: rows (k,) and scale (k,). k must be below N.
+
+        `factors` (N,), all positive, multiply the norms of the rows.
+        """
         k = self.num_rows(x.shape[0])
         weights = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))  # (N,)
+        if factors is not None:
+            weights = weights * factors
         if self.estimator == "pps":
             inclusion = ops.row_inclusion(weights, k)
             rows = ops.draw_rows(inclusion, k, seed)
@@ -60,18 +69,25 @@ def poison(x: Tensor) -> Tensor:
 
 
 def draw_sample(
-    x: Tensor, keep: KeepRows, seed: Tensor, dtype: torch.dtype, *, noted: bool = False
+    x: Tensor,
+    keep: KeepRows,
+    seed: Tensor,
+    dtype: torch.dtype,
+    *,
+    noted: bool = False,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Draw rows of x (N, D), which needs no gradient here: what is kept of it for backward.
 
     Args:
         dtype: the dtype in which the kept rows are multiplied.
         noted: whether a note can recompute the rows, so that none are copied.
+        factors: (N,), see `KeepRows.draw`.
 
     Returns:
         rows (k,) int32, scale (k,) fp32, the poison (D,) and, unless `noted`, the rows themselves (k, D).
     """
-    rows, scale = keep.draw(x, seed)
+    rows, scale = keep.draw(x, seed, factors)
     small = (rows, scale, poison(x).to(dtype))
     return small if noted else (*small, ops.gather_rows(x, rows, None).to(dtype))
 
@@ -82,10 +98,14 @@ class Sample:
     Attributes:
         tensors: what `draw_sample` gave; None once it is released.
         readers: ids of the linears that have used it. One that comes back runs another forward, and draws anew.
+        visit: where all the readers' backwards leave the norms of dy; the first reader's.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], made_under: HookMark, key: tuple[object, ...]) -> None:
+    def __init__(
+        self, tensors: tuple[Tensor, ...], made_under: HookMark, key: tuple[object, ...], visit: Visit | None
+    ) -> None:
         self.tensors: tuple[Tensor, ...] | None = tensors
+        self.visit = visit
         self.readers: set[int] = set()
         self._made_under = made_under
         self._key = key
@@ -104,14 +124,24 @@ _samples: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _held = Held(1)
 
 
-def sample_of(reader: int, x: Tensor, keep: KeepRows, seed: Tensor, dtype: torch.dtype, *, noted: bool) -> Sample:
+def sample_of(
+    reader: int,
+    x: Tensor,
+    keep: KeepRows,
+    seed: Tensor,
+    dtype: torch.dtype,
+    *,
+    noted: bool,
+    visit: Visit | None = None,
+) -> Sample:
     """The sample of the tensor object x (..., D): a sibling's from the same conditions, or a new one by `seed`."""
-    key = (keep, dtype, noted, x._version)
+    key = (keep, dtype, noted, x._version, visit.block if visit else None)
     sample: Sample | None = _samples.get(x)
     if sample is None or not sample.serves(reader, key):
         with torch.no_grad():
-            tensors = draw_sample(x.detach().reshape(-1, x.shape[-1]), keep, seed, dtype, noted=noted)
-        sample = _samples[x] = Sample(tensors, HookMark(), key)
+            rows, factors = x.detach().reshape(-1, x.shape[-1]), visit.factors(x.device) if visit else None
+            tensors = draw_sample(rows, keep, seed, dtype, noted=noted, factors=factors)
+        sample = _samples[x] = Sample(tensors, HookMark(), key, visit)
         _held.add(sample)
     sample.readers.add(reader)
     return sample

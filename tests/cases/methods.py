@@ -126,6 +126,10 @@ CASES = [
     MethodCase("pps", linear, (sampled(),), gradients="sampled"),
     MethodCase("wta_crs", linear, (sampled(estimator="wta_crs"),), gradients="sampled"),
     MethodCase("crs", linear, (sampled(estimator="crs"),), gradients="sampled"),
+    MethodCase("sample_cache", linear, (sampled(grad_norms="sample_cache"),), gradients="sampled"),
+    MethodCase(
+        "saved_sample_cache", linear, (sampled(grad_norms="sample_cache", save_grad_norms=True),), gradients="sampled"
+    ),
     MethodCase("without_bias", lambda: nn.Linear(WIDTH, OUT, bias=False), (sampled(),), gradients="sampled"),
     MethodCase("conv1d", conv1d, (sampled(),), gradients="sampled"),
     MethodCase("matrix", linear, (sampled(),), shape=(64, WIDTH), gradients="sampled"),

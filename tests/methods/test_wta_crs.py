@@ -85,8 +85,8 @@ def test_the_first_step_is_unbiased() -> None:
 class _NoScale(KeepRows):
     """Kept rows weigh N / k each, as if they had been drawn uniformly."""
 
-    def draw(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        rows, scale = super().draw(x, seed)
+    def draw(self, x: Tensor, seed: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows, scale = super().draw(x, seed, factors)
         return rows, torch.full_like(scale, x.shape[0] / len(scale))
 
 
@@ -170,14 +170,15 @@ def wta_crs_variance(x: Tensor, dy: Tensor, k: int) -> Tensor:
     return (rest[winners] * (y.diagonal() / p[winners:]).sum() - y.sum()) / (k - winners)
 
 
-def pps_variance(x: Tensor, dy: Tensor, k: int) -> Tensor:
+def pps_variance(x: Tensor, dy: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
     """Hajek's approximation: sum of b_i |Y_i / pi_i - A|^2, where A is the mean of Y_i / pi_i with weights b_i.
 
     b_i = pi_i (1 - pi_i) m / (m - 1) for the m rows with pi_i < 1: the form that is exact for equal probabilities.
     Hajek, "Asymptotic theory of rejective sampling with varying probabilities from a finite population", 1964. Without
-    A and the factor it is the variance of independent (Poisson) draws; A is what the fixed size saves.
+    A and the factor it is the variance of independent (Poisson) draws; A is what the fixed size saves. `weights` (N,)
+    are those that rows are drawn by, the norms of x by default.
     """
-    pi = ops.row_inclusion(x.norm(dim=1), k).double() / 2**32
+    pi = ops.row_inclusion(x.norm(dim=1) if weights is None else weights, k).double() / 2**32
     m = (pi < 1).sum()
     b = pi * (1 - pi) * m / (m - 1)
     y = products(x, dy)
