@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
-from .note import Held, HookMark
+from .note import Held, HookMark, whole
 
 ESTIMATORS = ("pps", "wta_crs", "crs")
 
@@ -106,6 +106,7 @@ _held = Held(1)
 
 def sample_of(reader: int, x: Tensor, keep: KeepRows, seed: Tensor, dtype: torch.dtype, *, noted: bool) -> Sample:
     """The sample of the tensor object x (..., D): a sibling's from the same conditions, or a new one by `seed`."""
+    x = whole(x)
     key = (keep, dtype, noted, x._version)
     sample: Sample | None = _samples.get(x)
     if sample is None or not sample.serves(reader, key):

@@ -1,0 +1,150 @@
+"""DDP and FSDP2 on two gloo processes, for every row of the case table and a small Llama.
+
+What is provable: with the draws of each rank seeded, two processes do what one process does that runs the ranks'
+batches one after the other and averages the gradients, in every step, sampled or not. Where all gradients are exact,
+they also do what the plain model does on the joined batch. Where some are sampled, the first loss is the plain one
+(the forward is exact); that sampled gradients are right in expectation is tested where no processes are needed.
+
+Each mode is one pair of processes that trains all rows; a row that fails there fails here by its name.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .rows import RANKS, ROWS, STEPS, Row, optimizer_of, seed_draws
+
+pytest.importorskip("transformers", reason="needs transformers (pip install 'memsave[hf]')")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch is built without gloo"
+)
+ROOT = Path(__file__).parents[2]
+LIMIT_SECONDS = 300
+MODES = ["ddp", "fsdp_layer", "fsdp_linear"]
+rows = pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
+
+
+class Outcome:
+    """What a pair of processes left in its folder."""
+
+    def __init__(self, folder: Path, log: str) -> None:
+        self.folder, self.log = folder, log
+
+    def of(self, row: Row) -> dict[str, Any]:
+        """The row's result; fails the test with the reason if there is none."""
+        path = self.folder / f"{row.id}.pt"
+        if not path.exists():
+            errors = [error.read_text() for error in sorted(self.folder.glob(f"{row.id}.*.error"))]
+            earlier = [error.name for error in sorted(self.folder.glob("*.error"))]
+            pytest.fail("\n".join(errors) or f"the processes ended before this row: {earlier}\n{self.log}")
+        return torch.load(path)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Run all rows in one mode; a pair that hangs is ended, and its rows say so."""
+    folder = tmp_path_factory.mktemp(request.param)
+    logs = [folder / f"log.{rank}" for rank in range(RANKS)]
+    command = [sys.executable, "-m", "tests.distributed.worker", request.param]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    said = ""
+    try:
+        for process in processes:
+            process.wait(LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        said = f"ended after {LIMIT_SECONDS} s: the processes waited for each other, or for a slow machine\n"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return Outcome(folder, said + "\n".join(log.read_text()[-3000:] for log in logs))
+
+
+def one_process(row: Row, model: nn.Module, *, joined: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and final weights of one process: the ranks' batches joined, or one after the other."""
+    optimizer, losses = optimizer_of(model), []
+    for step in range(STEPS):
+        batches = [row.batch(step, rank) for rank in range(RANKS)]
+        if joined:
+            batches = [torch.cat(batches) if batches[0].dim() > 1 else torch.stack(batches)]
+        parts = []
+        for rank, batch in enumerate(batches):
+            seed_draws(step, rank)
+            parts.append(model(batch) / len(batches))
+            parts[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(sum(part.item() for part in parts)))
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def assert_close(actual: dict[str, Any], losses: list[float], weights: dict[str, Tensor], tolerance: float) -> None:
+    assert actual["losses"] == pytest.approx(losses, rel=tolerance)
+    assert list(actual["weights"]) == list(weights)
+    for name, weight in weights.items():
+        torch.testing.assert_close(actual["weights"][name], weight, rtol=tolerance, atol=tolerance)
+
+
+@rows
+def test_two_processes_do_what_one_does_with_the_same_draws(outcome: Outcome, row: Row) -> None:
+    actual = outcome.of(row)
+    assert not actual["ranks differ"]
+    assert_close(actual, *one_process(row, row.converted(), joined=False), row.tolerance)
+    start = dict(row.plain().named_parameters())
+    moved = [name for name, weight in actual["weights"].items() if not torch.equal(weight, start[name])]
+    assert moved == [name for name, p in row.converted().named_parameters() if p.requires_grad]
+
+
+@rows
+def test_two_processes_do_what_the_plain_model_does_on_the_joined_batch(outcome: Outcome, row: Row) -> None:
+    actual = outcome.of(row)
+    losses, weights = one_process(row, row.plain(), joined=True)
+    assert actual["losses"][0] == pytest.approx(losses[0], rel=row.tolerance)
+    if row.exact:
+        assert_close(actual, losses, weights, row.tolerance)
+    else:
+        assert actual["losses"][1:] != pytest.approx(losses[1:], rel=row.tolerance), "nothing was sampled"
+
+
+@rows
+def test_what_is_saved_loads_into_the_plain_model_bit_for_bit(outcome: Outcome, row: Row) -> None:
+    """The gathered state dict, and torch.distributed.checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    actual = outcome.of(row)
+    gathered, sharded = row.plain(), row.plain()
+    gathered.load_state_dict(actual["gathered"])
+    state = {"model": sharded.state_dict()}
+    dcp.load(state, checkpoint_id=outcome.folder / f"{row.id}.dcp", no_dist=True)
+    sharded.load_state_dict(state["model"])
+    for model in (gathered, sharded):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, actual["weights"][name]), name
+
+
+@rows
+def test_wrapped_models_are_refused_with_advice(outcome: Outcome, row: Row) -> None:
+    said = outcome.of(row)["refusals"]
+    wrapper = "DistributedDataParallel" if outcome.folder.name.startswith("ddp") else "FSDPModule"
+    for operation in ("convert_model", "restore_model"):
+        assert f"is wrapped in {wrapper}: convert or restore the model before" in said[operation]
+        assert said[operation].endswith("The model was not changed.")
+    assert said["classes"] == "unchanged"
