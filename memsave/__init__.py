@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from .errors import (
         ConflictError,
         ConversionError,
+        LoadError,
         MemsaveError,
         NoMatchError,
         NotAModelError,
         RestoreError,
+        SaveError,
         UnsupportedModelError,
     )
     from .memory import MemoryProfile, measure, saved_bytes
     from .methods import RecomputeNormConfig, WTACRSConfig
     from .ops import backends
     from .report import Report
+    from .saving import load, save
 
 try:
     __version__ = version("memsave")
@@ -40,16 +43,19 @@ _PLACES = {
     "errors": (
         "ConflictError",
         "ConversionError",
+        "LoadError",
         "MemsaveError",
         "NoMatchError",
         "NotAModelError",
         "RestoreError",
+        "SaveError",
         "UnsupportedModelError",
     ),
     "memory": ("MemoryProfile", "measure", "saved_bytes"),
     "methods": ("RecomputeNormConfig", "WTACRSConfig"),
     "ops": ("backends",),
     "report": ("Report",),
+    "saving": ("load", "save"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
@@ -57,6 +63,7 @@ __all__ = [
     "ConflictError",
     "ConversionError",
     "Guarantee",
+    "LoadError",
     "MemoryProfile",
     "MemsaveError",
     "MethodConfig",
@@ -65,12 +72,15 @@ __all__ = [
     "Report",
     "RecomputeNormConfig",
     "RestoreError",
+    "SaveError",
     "UnsupportedModelError",
     "WTACRSConfig",
     "backends",
     "convert_model",
+    "load",
     "measure",
     "restore_model",
+    "save",
     "saved_bytes",
 ]
 

@@ -28,6 +28,14 @@ class RestoreError(MemsaveError, ValueError):
     """The model cannot be restored in the way that was asked for."""
 
 
+class SaveError(MemsaveError, ValueError):
+    """The model, or the directory to write to, is not fit for what was asked; nothing was written."""
+
+
+class LoadError(MemsaveError, ValueError):
+    """A checkpoint is missing, damaged or of another format, or does not fit the model; the model was not changed."""
+
+
 class NotAModelError(MemsaveError, AttributeError, TypeError):
     """A report was used as if it were the converted model."""
 

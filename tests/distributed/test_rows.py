@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from .rows import RANKS, ROWS, STEPS, Row, optimizer_of, seed_draws
 
+fcntl = pytest.importorskip("fcntl", reason="needs file locks of POSIX")
 pytest.importorskip("transformers", reason="needs transformers (pip install 'memsave[hf]')")
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch is built without gloo"
@@ -33,11 +35,13 @@ MODES = ["ddp", "fsdp_layer", "fsdp_linear"]
 rows = pytest.mark.parametrize("row", ROWS, ids=[row.id for row in ROWS])
 
 
+@dataclass
 class Outcome:
-    """What a pair of processes left in its folder."""
+    """What a pair of processes left in its folder, and what it printed."""
 
-    def __init__(self, folder: Path, log: str) -> None:
-        self.folder, self.log = folder, log
+    mode: str
+    folder: Path
+    log: str
 
     def of(self, row: Row) -> dict[str, Any]:
         """The row's result; fails the test with the reason if there is none."""
@@ -51,31 +55,40 @@ class Outcome:
 
 @pytest.fixture(scope="module", params=MODES)
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Run all rows in one mode; a pair that hangs is ended, and its rows say so."""
-    folder = tmp_path_factory.mktemp(request.param)
-    logs = [folder / f"log.{rank}" for rank in range(RANKS)]
-    command = [sys.executable, "-m", "tests.distributed.worker", request.param]
+    """All rows in one mode, run once also where several workers of pytest-xdist ask for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / f"distributed-{request.param}"
+    with (shared / f"{request.param}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            run_pair(request.param, folder)
+    return Outcome(request.param, folder, "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("log.*"))))
+
+
+def run_pair(mode: str, folder: Path) -> None:
+    """Run the two processes; a pair that hangs is ended, and the log says so."""
+    command = [sys.executable, "-m", "tests.distributed.worker", mode]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(folder)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log.open("w"),
+            stdout=(folder / f"log.{rank}").open("w"),
             stderr=subprocess.STDOUT,
         )
-        for rank, log in enumerate(logs)
+        for rank in range(RANKS)
     ]
-    said = ""
     try:
         for process in processes:
             process.wait(LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
-        said = f"ended after {LIMIT_SECONDS} s: the processes waited for each other, or for a slow machine\n"
+        (folder / "log.end").write_text(f"ended after {LIMIT_SECONDS} s: the processes hang, or the machine is slow")
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return Outcome(folder, said + "\n".join(log.read_text()[-3000:] for log in logs))
 
 
 def one_process(row: Row, model: nn.Module, *, joined: bool) -> tuple[list[float], dict[str, Tensor]]:
@@ -143,7 +156,7 @@ def test_what_is_saved_loads_into_the_plain_model_bit_for_bit(outcome: Outcome, 
 @rows
 def test_wrapped_models_are_refused_with_advice(outcome: Outcome, row: Row) -> None:
     said = outcome.of(row)["refusals"]
-    wrapper = "DistributedDataParallel" if outcome.folder.name.startswith("ddp") else "FSDPModule"
+    wrapper = "DistributedDataParallel" if outcome.mode == "ddp" else "FSDPModule"
     for operation in ("convert_model", "restore_model"):
         assert f"is wrapped in {wrapper}: convert or restore the model before" in said[operation]
         assert said[operation].endswith("The model was not changed.")
