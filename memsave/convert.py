@@ -331,12 +331,12 @@ def apply_changes(
     convert: Callable[[Change, nn.Module], nn.Module] = _convert,
 ) -> None:
     """Convert one module at a time; on any exception, also of the iterable, undo all of it."""
-    current: dict[int, nn.Module] = {}
+    current: dict[str, nn.Module] = {}
     undo: list[Callable[[], None]] = []
     try:
         for change in changes:
             name, module, config = change
-            old = current.get(id(module), module)
+            old = current.get(name, module)
             if old is not module and isinstance(config, TargetedConfig) and not config.candidate(old):
                 other = next(iter(applied_configs(old).values()), "another method")
                 raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
@@ -348,7 +348,7 @@ def apply_changes(
                 new.train(old.training)
                 _replace(model, old, new)
             new.__dict__.setdefault("_memsave", {})[config.name] = config
-            current[id(module)] = new
+            current[name] = new
         guard_saving(model)
     except BaseException:
         for step in reversed(undo):

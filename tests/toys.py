@@ -73,7 +73,7 @@ class ToyLowRankConfig(TargetedConfig):
         assert isinstance(module, nn.Linear)
         u, s, v = torch.linalg.svd(module.weight.detach(), full_matrices=False)
         rank = min(self.rank, int((s >= self.least * s[0]).sum()))
-        return LowRankLinear(module, v[:rank], u[:, :rank] * s[:rank])
+        return LowRankLinear(module, v[:rank].contiguous(), (u[:, :rank] * s[:rank]).contiguous())
 
     def module_state(self, module: nn.Module) -> dict[str, Any]:
         assert isinstance(module, LowRankLinear)

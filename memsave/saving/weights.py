@@ -78,6 +78,8 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str
     both = [name for name in own if name in tensors and not name.endswith(_EXTRA_STATE)]
     shapes = [f"{n} {[*tensors[n].shape]}, not {[*own[n].shape]}" for n in both if tensors[n].shape != own[n].shape]
     problems += _listed("of another shape in the file", shapes)
+    every = [*model.named_parameters(), *model.named_buffers()]
+    problems += _listed("on meta and not in any file", [n for n, t in every if t.is_meta and n not in own])
     if not any_dtype:
         dtypes = [f"{n} {tensors[n].dtype}, not {own[n].dtype}" for n in both if tensors[n].dtype != own[n].dtype]
         problems += _listed("of another dtype in the file (see model.to)", dtypes)
