@@ -7,7 +7,7 @@ by rounding alone; some norms compute in fp32 by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from memsave import MethodConfig, WTACRSConfig
 
 from ..cases.methods import CASES, NOTED_CASES, SHAPE, WIDTH, MethodCase, NotedCase
 from ..test_methods import Fan
+from ..toys import ToyLowRankConfig
 
 RANKS, STEPS, LAYERS = 2, 3, 2
 
@@ -56,7 +57,7 @@ class Row:
         make: builds the plain model; its output for a batch is the loss.
         convert: converts it in place.
         batch: the input of one rank at one step.
-        exact: whether all gradients are those of the plain model.
+        exact: whether all gradients are those of the plain model; None where its parameters are others.
         tolerance: relative error that rounding may cause in losses and weights.
     """
 
@@ -64,7 +65,7 @@ class Row:
     make: Callable[[], nn.Module]
     convert: Callable[[Any], object]
     batch: Callable[[int, int], Tensor]
-    exact: bool
+    exact: bool | None
     tolerance: float = 1e-9
 
     def plain(self) -> nn.Module:
@@ -140,7 +141,9 @@ def _tokens(step: int, rank: int) -> Tensor:
 
 
 _MLP = WTACRSConfig(keep_ratio=0.3, min_rows=1, target_modules=["gate_proj", "up_proj", "down_proj"])
+_LOW_RANK = ToyLowRankConfig(rank=3, target_modules=["inner"])
 ROWS = [_stack(case) for case in [*CASES, *NOTED_CASES]] + [
+    replace(_stack(CASES[-1]), id="toy_low_rank", convert=lambda m: memsave.convert_model(m, _LOW_RANK), exact=None),
     # Its norms and its loss are computed in fp32.
     Row("llama-bare", LlamaLoss, memsave.convert_model, _tokens, exact=True, tolerance=1e-4),
     Row("llama-wta_crs", LlamaLoss, lambda m: memsave.convert_model(m, _MLP), _tokens, exact=False, tolerance=1e-4),

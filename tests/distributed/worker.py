@@ -70,15 +70,21 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def refusals(model: nn.Module) -> dict[str, str]:
-    """What convert_model and restore_model say of the wrapped model, and whether its classes changed."""
-    said, classes = {}, [type(m) for m in model.modules()]
-    for operation in (memsave.convert_model, memsave.restore_model):
-        try:
-            said[operation.__name__] = f"returned {operation(model)}"
-        except memsave.UnsupportedModelError as error:
-            said[operation.__name__] = str(error)
+    """What the operations that need an unwrapped model say of a wrapped one, and whether its classes changed."""
+    classes = [type(m) for m in model.modules()]
+    said = {
+        "convert_model": refusal(lambda: memsave.convert_model(model)),
+        "restore_model": refusal(lambda: memsave.restore_model(model)),
+    }
     said["classes"] = "changed" if classes != [type(m) for m in model.modules()] else "unchanged"
     return said
+
+
+def refusal(operation: Callable[[], object]) -> str:
+    try:
+        return f"returned {operation()}"
+    except memsave.MemsaveError as error:
+        return str(error)
 
 
 def run(row: Row, mode: str, rank: int, folder: Path) -> dict[str, Any]:
@@ -95,6 +101,8 @@ def run(row: Row, mode: str, rank: int, folder: Path) -> dict[str, Any]:
         dist.broadcast(first, src=0)
     differs = torch.tensor([any(not torch.equal(a, b) for a, b in zip(weights.values(), same, strict=True))]).int()
     dist.all_reduce(differs)
+    if rank == 0:
+        memsave.save(inner, folder / f"{row.id}.memsave", state_dict=gathered)
     dcp.save({"model": get_model_state_dict(inner)}, checkpoint_id=folder / f"{row.id}.dcp")
     return {
         "losses": losses,
@@ -102,6 +110,7 @@ def run(row: Row, mode: str, rank: int, folder: Path) -> dict[str, Any]:
         "weights": weights,
         "ranks differ": bool(differs),
         "refusals": refusals(model),
+        "sharded": refusal(lambda: memsave.save(inner, folder / "never")) if mode != "ddp" else "",
     }
 
 
