@@ -11,6 +11,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -136,52 +137,60 @@ def assert_close_in(dtype: torch.dtype, actual: list[Tensor], expected: list[Ten
 
 
 class Scaled(nn.Module):
-    """What a row of the table makes, between linears; x (..., D) with D = 8."""
+    """A linear, and what a row of the table makes; the output is a loss that weighs the rows of x (..., D), D = 8."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.before, self.inner = nn.Linear(8, 8), inner
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(self.before(x)).square().mean()
+    def forward(self, x: Tensor, row_weights: Tensor) -> Tensor:
+        return (self.inner(self.before(x)) * row_weights).square().mean()
 
 
-def scaled_training(case: MethodCase, module: nn.Module) -> tuple[list[Tensor], list[float], list[float]]:
-    """Train four steps in fp16 autocast with loss scaling; the input of the second one overflows.
+@dataclass
+class Training:
+    """Weights, losses and scales after each step, and the parameters that had no finite gradient in one of them."""
 
-    Returns the weights after each step, the losses, and the scales.
-    """
+    weights: list[Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    overflowed: list[set[str]] = field(default_factory=list)
+
+
+def scaled_training(case: MethodCase, module: nn.Module) -> Training:
+    """Train four steps in fp16 autocast with loss scaling; in the second, the smallest row's gradient is infinite."""
     torch.manual_seed(0)
-    model = Scaled(module)
+    model, done = Scaled(module), Training()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=100)
-    weights, found, scales = [], [], []
+    x = case.input().detach()
     for number in range(4):
-        x = case.input().detach()
+        row_weights = torch.ones(*x.shape[:-1], 1)  # (..., 1)
         if number == 1:
-            x = x.clone()
-            x.view(-1)[0] = torch.inf
+            row_weights.view(-1)[x.norm(dim=-1).argmin()] = torch.inf
         torch.manual_seed(number)
         with torch.autocast("cpu", torch.float16):
-            loss = model(x)
+            loss = model(x, row_weights)
         scaler.scale(loss).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        done.overflowed.append({name for name, grad in grads.items() if not grad.isfinite().all()})
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        found.append(loss.item())
-        scales.append(scaler.get_scale())
-    return weights, found, scales
+        done.weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        done.losses.append(loss.item())
+        done.scales.append(scaler.get_scale())
+    return done
 
 
 @cases
 def test_loss_scaling_skips_the_step_that_overflows(case: MethodCase) -> None:
-    """An infinity shows in the gradients whether its row is drawn or not: the step is skipped, as in plain training."""
-    weights, found, scales = scaled_training(case, convert(case.plain(), case.configs))
-    plain_weights, plain_found, plain_scales = scaled_training(case, case.plain())
-    assert scales == plain_scales == [64.0, 32.0, 32.0, 32.0]
-    assert torch.equal(weights[1], weights[0]) and not torch.equal(weights[2], weights[1])
-    assert found[0] == pytest.approx(plain_found[0], rel=0.01) and all(w.isfinite().all() for w in weights)
+    """A gradient shows an infinity where the plain one does, whether its row is drawn or not: the step is skipped."""
+    ours, plain = (scaled_training(case, module) for module in (convert(case.plain(), case.configs), case.plain()))
+    assert ours.overflowed == plain.overflowed and ours.overflowed[1] and not ours.overflowed[2]
+    assert ours.scales == plain.scales == [64.0, 32.0, 32.0, 32.0]
+    assert torch.equal(ours.weights[1], ours.weights[0]) and not torch.equal(ours.weights[2], ours.weights[1])
+    assert ours.losses[0] == pytest.approx(plain.losses[0], rel=0.01)
     if case.gradients == "exact":
-        for mine, theirs in zip(weights, plain_weights, strict=True):
+        for mine, theirs in zip(ours.weights, plain.weights, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0.01, atol=0.005)
