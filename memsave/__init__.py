@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         ConflictError,
         ConversionError,
         EstimateError,
+        LoadError,
         MemsaveError,
         NoMatchError,
         NotAModelError,
         RestoreError,
+        SaveError,
         UnsupportedModelError,
     )
     from .memory import MemoryProfile, estimate, measure, saved_bytes
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .ops import backends
     from .report import Report
+    from .saving import load, save
 
 try:
     __version__ = version("memsave")
@@ -43,10 +46,12 @@ _PLACES = {
         "ConflictError",
         "ConversionError",
         "EstimateError",
+        "LoadError",
         "MemsaveError",
         "NoMatchError",
         "NotAModelError",
         "RestoreError",
+        "SaveError",
         "UnsupportedModelError",
     ),
     "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
@@ -54,6 +59,7 @@ _PLACES = {
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "ops": ("backends",),
     "report": ("Report",),
+    "saving": ("load", "save"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
@@ -62,6 +68,7 @@ __all__ = [
     "ConversionError",
     "EstimateError",
     "Guarantee",
+    "LoadError",
     "MemoryProfile",
     "MemsaveError",
     "MethodConfig",
@@ -70,15 +77,18 @@ __all__ = [
     "Report",
     "RecomputeNormConfig",
     "RestoreError",
+    "SaveError",
     "UnsupportedModelError",
     "WTACRSConfig",
     "backends",
     "convert_model",
     "estimate",
+    "load",
     "measure",
     "restore_model",
     "sample_cache_bytes",
     "sample_ids",
+    "save",
     "saved_bytes",
 ]
 

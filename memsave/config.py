@@ -45,6 +45,9 @@ class MethodConfig:
     scope: ClassVar[str] = "model"
     default: ClassVar[bool] = False
     """Whether `convert_model(model)` without configs applies the method."""
+    changes_keys: ClassVar[bool] = False
+    """Whether converted modules have other `state_dict` keys or shapes than plain ones: then `save_pretrained` of the
+    model raises, and `memsave.save` and `memsave.load` keep it."""
     docs: ClassVar[str] = ""
 
     def why_not(self, module: nn.Module) -> str | None:
@@ -77,6 +80,20 @@ class MethodConfig:
         `module`, so that it can be put back if a later module cannot be restored. `adapters` is "merge" or "drop".
         """
         raise TypeError(f"{type(self).__name__} does not define restore(module)")
+
+    def module_state(self, module: nn.Module) -> dict[str, Any]:
+        """What `rebuild` must know of the converted `module` besides this config: JSON data, such as the rank it chose.
+
+        Tensors do not belong here: parameters, buffers and tensors from `get_extra_state` are saved as they are.
+        """
+        return {}
+
+    def rebuild(self, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+        """Convert a plain `module` as `convert` does, into the structure from which `module_state` gave `state`.
+
+        The values are loaded afterwards, so any will do; `module` may be on the meta device.
+        """
+        return self.convert(module)
 
     def backend(self, module: nn.Module) -> str:
         """Name the kernels that serve `module` now: "torch", "native", "triton" or "reference"."""
@@ -143,6 +160,11 @@ class TargetedConfig(MethodConfig):
     def candidate(self, module: nn.Module) -> bool:
         """Whether `module` is of a kind that this method converts (judged by its class and structure alone)."""
         raise TypeError(f"{type(self).__name__} does not define candidate(module)")
+
+
+def applied_configs(module: nn.Module) -> dict[str, MethodConfig]:
+    """The configs that `module` itself is converted by, by method name, oldest first."""
+    return dict(module.__dict__.get("_memsave", {}))
 
 
 def _subclasses(cls: type[MethodConfig]) -> Iterator[type[MethodConfig]]:

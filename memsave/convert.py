@@ -7,13 +7,13 @@ any exception the model is put back as it was.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .config import Guarantee, MethodConfig, TargetedConfig, matches
+from .config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
 from .errors import (
     ConflictError,
     MemsaveError,
@@ -23,6 +23,7 @@ from .errors import (
     UnsupportedModelError,
     raise_all,
 )
+from .guard import guard_saving
 from .report import NOT_A_MODEL, Estimate, Report, Skip, group_rows, group_skips, groups, pattern
 from .targets import Named, base_class, entries_of, missed_exclusions, missed_target
 from .wrappers import wrapping
@@ -31,7 +32,7 @@ _UNCHANGED = "The model was not changed."
 _IS_ROOT = "it is the model itself, whose class never changes; put it in a container"
 
 
-class _Change(NamedTuple):
+class Change(NamedTuple):
     name: str
     module: nn.Module
     config: MethodConfig
@@ -39,15 +40,10 @@ class _Change(NamedTuple):
 
 @dataclass
 class _Plan:
-    changes: list[_Change] = field(default_factory=list)
-    already: list[_Change] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    already: list[Change] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
     problems: list[MemsaveError] = field(default_factory=list)
-
-
-def applied_configs(module: nn.Module) -> dict[str, MethodConfig]:
-    """The configs that `module` itself is converted by, by method name, oldest first."""
-    return dict(module.__dict__.get("_memsave", {}))
 
 
 def convert_model(
@@ -88,7 +84,7 @@ def convert_model(
         estimate=None if batch is None else _estimate(model, configs, batch),
     )
     if not dry_run:
-        _apply(model, plan.changes)
+        apply_changes(model, plan.changes)
     return report
 
 
@@ -127,7 +123,7 @@ def restore_model(
     if adapters not in (None, "merge", "drop"):
         raise ValueError(f"restore_model: adapters: expected 'merge' or 'drop', got {adapters!r}. {_UNCHANGED}")
     modules = _names_by_module(model)
-    found = [_Change(m.names[0], m.module, c) for m in modules for c in reversed(applied_configs(m.module).values())]
+    found = [Change(m.names[0], m.module, c) for m in modules for c in reversed(applied_configs(m.module).values())]
     present = {change.config.name for change in found}
     chosen = present if methods is None else set([methods] if isinstance(methods, str) else methods)
     problems: list[MemsaveError] = []
@@ -144,7 +140,7 @@ def restore_model(
     return Report(action="restored", rows=rows)
 
 
-def _restore_problems(changes: Sequence[_Change], adapters: str | None, allow_lossy: bool) -> list[MemsaveError]:
+def _restore_problems(changes: Sequence[Change], adapters: str | None, allow_lossy: bool) -> list[MemsaveError]:
     problems: list[MemsaveError] = []
     for name, module, config in changes:
         if reason := config.why_not_restore(module):
@@ -226,12 +222,12 @@ def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: Sequence[N
         for name, module in selected:
             present = planned[id(module)]
             if present.get(config.name) == config:
-                plan.already.append(_Change(name, module, config))
+                plan.already.append(Change(name, module, config))
             elif conflict := _conflict(config, present, module):
                 conflicts.append((conflict, name))
             else:
                 present[config.name] = config
-                plan.changes.append(_Change(name, module, config))
+                plan.changes.append(Change(name, module, config))
     plan.problems += [ConflictError(f"{pattern(names)}: {why}. {_UNCHANGED}") for why, names in groups(conflicts)]
     return plan
 
@@ -326,17 +322,26 @@ def _why_left(module: nn.Module, configs: Sequence[MethodConfig]) -> str:
     return f"not a kind that {methods} converts"
 
 
-def _apply(model: nn.Module, changes: Sequence[_Change]) -> None:
-    """Convert one module at a time; on any exception undo all of it."""
-    current: dict[int, nn.Module] = {}
+def _convert(change: Change, module: nn.Module) -> nn.Module:
+    return change.config.convert(module)
+
+
+def apply_changes(
+    model: nn.Module,
+    changes: Iterable[Change],
+    convert: Callable[[Change, nn.Module], nn.Module] = _convert,
+) -> None:
+    """Convert one module at a time; on any exception, also of the iterable, undo all of it."""
+    current: dict[str, nn.Module] = {}
     undo: list[Callable[[], None]] = []
     try:
-        for name, module, config in changes:
-            old = current.get(id(module), module)
+        for change in changes:
+            name, module, config = change
+            old = current.get(name, module)
             if old is not module and isinstance(config, TargetedConfig) and not config.candidate(old):
                 other = next(iter(applied_configs(old).values()), "another method")
                 raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
-            new = config.convert(old)
+            new = convert(change, old)
             undo.append(lambda old=old, new=new, config=config: _put_back(model, new, old, config))  # type: ignore[misc]
             if new is not old:
                 if config.scope == "model":
@@ -344,7 +349,8 @@ def _apply(model: nn.Module, changes: Sequence[_Change]) -> None:
                 new.train(old.training)
                 _replace(model, old, new)
             new.__dict__.setdefault("_memsave", {})[config.name] = config
-            current[id(module)] = new
+            current[name] = new
+        guard_saving(model)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -359,7 +365,7 @@ def _put_back(model: nn.Module, new: nn.Module, old: nn.Module, config: MethodCo
         _replace(model, new, old)
 
 
-def _unapply(model: nn.Module, changes: Sequence[_Change], adapters: str | None) -> None:
+def _unapply(model: nn.Module, changes: Sequence[Change], adapters: str | None) -> None:
     """Restore one module at a time; on any exception convert again what was restored."""
     current: dict[int, nn.Module] = {}
     undo: list[Callable[[], None]] = []
@@ -374,6 +380,7 @@ def _unapply(model: nn.Module, changes: Sequence[_Change], adapters: str | None)
                 _replace(model, new, old)
             _forget(old, config)
             current[id(module)] = old
+        guard_saving(model)
     except BaseException:
         for step in reversed(undo):
             step()

@@ -32,6 +32,14 @@ class EstimateError(MemsaveError, ValueError):
     """A training step could not be predicted: the batch, the loss or the optimizer fails, or values are needed."""
 
 
+class SaveError(MemsaveError, ValueError):
+    """The model, or the directory to write to, is not fit for what was asked; nothing was written."""
+
+
+class LoadError(MemsaveError, ValueError):
+    """A checkpoint is missing, damaged or of another format, or does not fit the model; the model was not changed."""
+
+
 class NotAModelError(MemsaveError, AttributeError, TypeError):
     """A report was used as if it were the converted model."""
 

@@ -13,7 +13,7 @@ _ADVICE = {
     "ScriptModule": "a scripted module has no Python forward to convert",
     "DeepSpeedEngine": "convert, restore or estimate the model before deepspeed.initialize",
 }
-_INSIDE = {
+INSIDE = {
     "DistributedDataParallel": "model.module",
     "DataParallel": "model.module",
     "OptimizedModule": "model._orig_mod",
@@ -27,7 +27,7 @@ def wrapping(model: nn.Module) -> str | None:
             if cls.__name__ in _ADVICE:
                 where = f"its submodule {name!r}" if name else "the model"
                 advice = _ADVICE[cls.__name__]
-                if not name and cls.__name__ in _INSIDE:
-                    advice += f", or pass the module inside: {_INSIDE[cls.__name__]}"
+                if not name and cls.__name__ in INSIDE:
+                    advice += f", or pass the module inside: {INSIDE[cls.__name__]}"
                 return f"{where} is wrapped in {cls.__name__}: {advice}"
     return None

@@ -28,16 +28,18 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "wrappers": (set(), set()),
     "report": ({"config", "errors"}, {"memory"}),
     "targets": ({"config"}, set()),
-    "convert": ({"config", "report", "targets", "wrappers", "errors"}, {"methods", "memory"}),
+    "guard": ({"config", "errors"}, set()),
+    "convert": ({"config", "report", "targets", "wrappers", "errors", "guard"}, {"methods", "memory"}),
+    "saving": ({"convert", "config", "errors", "guard", "wrappers"}, {"integrations", "methods", "__init__"}),
     "methods": ({"nn", "ops", "config", "errors"}, set()),
     "nn": ({"ops"}, set()),
     "ops": ({"errors"}, set()),
     "memory": ({"ops", "wrappers", "errors"}, set()),
-    "__init__": (set(), {"convert", "methods", "memory", "config", "report", "errors", "ops", "nn"}),
+    "__init__": (set(), {"convert", "methods", "memory", "config", "report", "errors", "ops", "nn", "saving"}),
     "__main__": ({"ops", "memory", "__init__"}, {"ops", "memory", "__init__"}),
     "integrations": ({"convert", "methods", "nn", "ops", "memory", "config", "report", "errors", "__init__"}, set()),
 }
-OPTIONAL = {"transformers", "peft", "accelerate", "matplotlib", "tqdm"}
+OPTIONAL = {"transformers", "peft", "accelerate", "matplotlib", "safetensors", "tqdm"}
 KERNELS = {"reference", "native", "triton"}
 
 
@@ -198,7 +200,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & optional))
 
 BLOCK = """
 import sys
-for name in ("triton", "transformers", "peft", "accelerate", "matplotlib", "tqdm", "einops"):
+for name in ("triton", "transformers", "peft", "accelerate", "matplotlib", "safetensors", "tqdm", "einops"):
     sys.modules[name] = None
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,12 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_
 
 
 class LowRankLinear(nn.Module):
-    """y = up(down(x)): a linear with other parameters than the one that it replaces."""
+    """y = up(down(x)): a linear with other parameters than the one that it replaces; down (rank, D), up (O, rank)."""
 
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
+    def __init__(self, linear: nn.Linear, down: Tensor, up: Tensor) -> None:
         super().__init__()
-        u, s, v = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
-        self.down = nn.Parameter(v[:rank], requires_grad=linear.weight.requires_grad)  # (rank, D)
-        self.up = nn.Parameter(u[:, :rank] * s[:rank], requires_grad=linear.weight.requires_grad)  # (O, rank)
+        self.down = nn.Parameter(down, requires_grad=linear.weight.requires_grad)
+        self.up = nn.Parameter(up, requires_grad=linear.weight.requires_grad)
         self.bias = linear.bias
         _move_hooks(linear, self)
 
@@ -51,11 +50,18 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ToyLowRankConfig(TargetedConfig):
-    """Replaces linears by modules with other parameters; what comes back is the dense equivalent."""
+    """Replaces linears by modules with other parameters; what comes back is the dense equivalent.
+
+    Args:
+        rank: of every layer, at most.
+        least: singular values below this share of the largest are left out, so that ranks differ from layer to layer.
+    """
 
     name: ClassVar[str] = "toy_low_rank"
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
+    changes_keys: ClassVar[bool] = True
     rank: int = 4
+    least: float = 0.0
 
     def candidate(self, module: nn.Module) -> bool:
         return type(module) is nn.Linear
@@ -65,7 +71,18 @@ class ToyLowRankConfig(TargetedConfig):
 
     def convert(self, module: nn.Module) -> nn.Module:
         assert isinstance(module, nn.Linear)
-        return LowRankLinear(module, self.rank)
+        u, s, v = torch.linalg.svd(module.weight.detach(), full_matrices=False)
+        rank = min(self.rank, int((s >= self.least * s[0]).sum()))
+        return LowRankLinear(module, v[:rank].contiguous(), (u[:, :rank] * s[:rank]).contiguous())
+
+    def module_state(self, module: nn.Module) -> dict[str, Any]:
+        assert isinstance(module, LowRankLinear)
+        return {"rank": module.down.shape[0]}
+
+    def rebuild(self, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+        assert isinstance(module, nn.Linear)
+        (outputs, inputs), rank = module.weight.shape, state["rank"]
+        return LowRankLinear(module, module.weight.new_empty(rank, inputs), module.weight.new_empty(outputs, rank))
 
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
         assert isinstance(module, LowRankLinear)
@@ -96,6 +113,7 @@ class ToyAdapterConfig(TargetedConfig):
 
     name: ClassVar[str] = "toy_adapter"
     guarantee: ClassVar[Guarantee] = Guarantee.ADAPTER
+    changes_keys: ClassVar[bool] = True
 
     def candidate(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)

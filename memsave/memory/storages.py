@@ -30,7 +30,8 @@ def storages_of(tensor: Tensor) -> Iterator[Storage]:
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     elif is_wrapper(type(tensor)):
-        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+        parts = [part for part in inner if isinstance(part, Tensor)]  # a DTensor names its device mesh, too
     else:
         try:
             yield tensor.untyped_storage()

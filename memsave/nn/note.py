@@ -142,10 +142,14 @@ def _forget(output: Tensor | None) -> None:
 
 def find(x: Tensor) -> Note | None:
     """The note of the tensor object `x`, or of the tensor that it is a mere reshaping of, if it still holds."""
-    base = x._base if x not in _notes else None
-    maker = base if base is not None and _same_rows(x, base) else x
+    maker = x if x in _notes else whole(x)
     note = _notes.get(maker)
     return note if note is not None and note.holds(maker) else None
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor of which `x` is a view with all its rows in order, else `x`; `fully_shard` hands on such views."""
+    return x._base if x._base is not None and _same_rows(x, x._base) else x
 
 
 def _same_rows(view: Tensor, base: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from .grad_norms import Visit
-from .note import Held, HookMark
+from .note import Held, HookMark, whole
 
 ESTIMATORS = ("pps", "wta_crs", "crs")
 GRAD_NORMS = ("none", "sample_cache")
@@ -135,6 +135,7 @@ def sample_of(
     visit: Visit | None = None,
 ) -> Sample:
     """The sample of the tensor object x (..., D): a sibling's from the same conditions, or a new one by `seed`."""
+    x = whole(x)
     key = (keep, dtype, noted, x._version, visit.block if visit else None)
     sample: Sample | None = _samples.get(x)
     if sample is None or not sample.serves(reader, key):

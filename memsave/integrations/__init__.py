@@ -1,0 +1,1 @@
+"""What knows other packages by name: the only files that import them."""
