@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench gpu clean
+.PHONY: help test lint demo bench quality gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -26,6 +26,10 @@ demo: $(VENV)/.installed-bench ## train a small language model in every variant;
 bench: $(VENV)/.installed-bench ## measure every case on this machine; results in benchmarks/results, tables in docs
 	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu $(ARGS)
 	$(BIN)/python -m benchmarks.tables
+
+quality: $(VENV)/.installed-bench ## losses and variances of sampled training; continues its result file
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+	$(BIN)/python -m benchmarks.grad_norms
 
 # For a machine that is lent for minutes: no virtual environment, no network. It uses the packages that PYTHON has.
 gpu: ## on a GPU machine: tests, cases and tiles into OUT=DIR; PART=tests|bench|tune, WHEELS=DIR, DEVICE=cpu (dry run)

@@ -166,7 +166,7 @@ def test_wrapped_models_are_refused_with_advice(outcome: Outcome, row: Row) -> N
     said = outcome.of(row)["refusals"]
     wrapper = "DistributedDataParallel" if outcome.mode == "ddp" else "FSDPModule"
     for operation in ("convert_model", "restore_model"):
-        assert f"is wrapped in {wrapper}: convert or restore the model before" in said[operation]
+        assert f"is wrapped in {wrapper}: convert, restore or estimate the model before" in said[operation]
         assert said[operation].endswith("The model was not changed.")
     assert said["classes"] == "unchanged"
     if outcome.mode != "ddp":

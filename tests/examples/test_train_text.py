@@ -127,7 +127,7 @@ def test_table_and_words_are_printed(job: tuple[dict[str, Any], str, Path]) -> N
     plain, checkpoint = report["results"][:2]
     ratio = checkpoint["kept_bytes"] / plain["kept_bytes"]
     assert f"{checkpoint['kept_bytes'] / 2**20:.1f} MiB  {ratio:.2f}x" in lines[start + 3]
-    assert all(sentence in lines for sentence in run["in_words"])
+    assert all(sentence in lines for sentence in report["in_words"])
     assert str(out / "results.png") in lines[-1]
 
 
