@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number, part in enumerate(options.parts):
         left_s = max(0.0, options.budget_s - (time.monotonic() - start))
         share = 1.0 if number == len(options.parts) - 1 else SHARES[part]
-        print(f"\n--- {part}: {share * left_s:.0f} s of {left_s:.0f} s", flush=True)
+        print(f"\n--- {part}: at most {share * left_s:.0f} s of the {left_s:.0f} s that are left", flush=True)
         if not run_part(part, share * left_s, options):
             failed.append(part)
     taken_s = time.monotonic() - start

@@ -125,7 +125,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--suite", choices=("cases", "tiles"), default="cases", help="tiles: those of the GPU kernels")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="which cases (default: all of this device)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each variant, at least 2 (default: 9)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads; 1 is steadiest where cores are shared")
     parser.add_argument("--budget-s", type=float, default=math.inf, help="start no case that would end after so long")
@@ -135,6 +135,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.repeats < 2:
         parser.error(f"argument --repeats: quartiles need at least 2, got {options.repeats}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no CUDA or ROCm device. Nothing was run.")
     suite = tile_cases() if options.suite == "tiles" else CASES
     cases = {case.name: case for case in suite if options.device in case.devices}
     unknown = [name for name in options.case or () if name not in cases]

@@ -31,6 +31,10 @@ def take(folder: Path, results: Path = RESULTS) -> list[Path]:
             if data["tiny"]:
                 raise ResultError(f"{bundle}, {name}: from a dry run at toy size, whose figures mean nothing.")
             found[results / result_files.slug(data["machine"]["device"]) / f"{name}.json"] = data
+    if not found:
+        raise ResultError(
+            f"{folder}: no result in {' or '.join(b.name for b in bundles)}; what was left out is told there."
+        )
     for path, data in found.items():
         result_files.write(path, data)
     return list(found)

@@ -1,4 +1,4 @@
-"""The code in the pages on saving and distributed training runs as it stands there."""
+"""The code in README.md and the pages of docs/ runs as it stands there, and prints what the README shows."""
 
 from __future__ import annotations
 
@@ -14,18 +14,67 @@ import memsave
 from memsave.config import applied_configs
 
 DOCS = Path(__file__).parents[1] / "docs"
-pytest.importorskip("transformers", reason="needs transformers (pip install 'memsave[hf]')")
+transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'memsave[hf]')")
+import train_text  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 
-def run_page(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run all Python blocks of a page in one namespace, in an empty folder; what they leave."""
+def run_page(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
+    """Run all Python blocks of a page in one namespace, at first `given`, in an empty folder; what they leave."""
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
     assert blocks
     monkeypatch.chdir(folder)
-    namespace: dict[str, Any] = {}
+    namespace = given
     for block in blocks:
         exec(compile(block, name, "exec"), namespace)
     return namespace
+
+
+def small_llama() -> dict[str, Any]:
+    """What the pages take for granted: a model, a batch, an optimizer."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2
+    )
+    model, ids = LlamaForCausalLM(config), torch.arange(64).view(2, 32)
+    batch = {"input_ids": ids, "labels": ids}
+    return {"config": config, "model": model, "batch": batch, "optimizer": torch.optim.AdamW(model.parameters())}
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    left = run_page("../README.md", tmp_path, monkeypatch, **small_llama())
+    assert list(applied_configs(left["model"].model.layers[0].mlp.down_proj)) == ["recompute_norm"]
+    assert (tmp_path / "step.png").stat().st_size > 0
+    assert "at the peak, by module" in capsys.readouterr().out
+
+
+def test_the_reports_in_the_readme_are_those_of_the_demos_model() -> None:
+    """The groups as they stand there; the bytes within 2%, since torch's versions differ."""
+    page = (DOCS.parent / "README.md").read_text()
+    ids = torch.zeros(4, 256, dtype=torch.int64)
+    model = train_text.build_model("small", length=256, seed=0)
+    report = str(memsave.convert_model(model, batch={"input_ids": ids, "labels": ids}, dry_run=True))
+    groups, estimate = report.split("estimated for")
+    assert groups.replace("would be converted (dry run)", "converted") in page
+    shown = page[page.index("estimated for") :].partition("```")[0]
+    found, expected = (re.findall(r"[\d.]+", text) for text in (estimate, shown))
+    assert len(expected) == 6
+    assert [float(value) for value in found] == pytest.approx([float(value) for value in expected], rel=0.02)
+
+
+def test_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = small_llama()
+    left = run_page(
+        "estimate.md", tmp_path, monkeypatch, memsave=memsave, torch=torch, transformers=transformers, **given
+    )
+    assert left["model"].device.type == "meta"
+    assert left["report"].estimate.kept_bytes[1] < left["report"].estimate.kept_bytes[0]
+
+
+def test_remembered_gradient_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = small_llama()
+    loader = [([0, 1], given["batch"]), ([2, 3], given["batch"])]
+    left = run_page("wta_crs.md", tmp_path, monkeypatch, memsave=memsave, loader=loader, **given)
+    assert memsave.sample_cache_bytes(left["model"]) == 4 * 2 * 32
 
 
 def test_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +102,5 @@ def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert applied_configs(left["plain"].lm_head)
     for name, weight in left["plain"].state_dict().items():
         assert torch.equal(weight, left["weights"][name])
-    with pytest.raises(
-        memsave.UnsupportedModelError, match="wrapped in FSDPModule: convert, restore or estimate .* fully_shard"
-    ):
+    with pytest.raises(memsave.UnsupportedModelError, match="FSDPModule: convert, restore or estimate .* fully_shard"):
         memsave.restore_model(left["model"])

@@ -309,7 +309,7 @@ def test_every_method_has_its_places() -> None:
             "a file of its own": method.__module__ == f"memsave.methods.{method.name}",
         }
         missing += [f"{method.__name__} lacks {place}" for place, there in places.items() if not there]
-    assert missing == []
+    assert not missing, "\n".join(missing)
 
 
 def test_method_names_are_unique() -> None:

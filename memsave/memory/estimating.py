@@ -43,7 +43,7 @@ def estimate(
         model: converted or not, with PEFT adapters, frozen or tied parameters, or on the meta device; not wrapped (DDP,
             FSDP) or compiled. If it is in eval mode, its copy is put in training mode as a whole.
         batch: what the model is called with: a mapping (keyword arguments), a tuple or list (arguments) or one tensor.
-            Integers on the meta device count as ones; other values are not read.
+            Values of small integer and boolean tensors are read, as ones on the meta device; no others are.
         loss: maps the model's output to a scalar. None takes the output's `.loss` (or `["loss"]`), or else the sum of
             its first tensor that needs a gradient.
         optimizer: the name of a class in `torch.optim` ("AdamW", "sgd", ...), with its default settings, or a function
@@ -85,7 +85,7 @@ class _Step:
         autocast: torch.dtype | None,
         device: str | torch.device | None,
     ) -> None:
-        _check_types(model, batch, loss, autocast)
+        _check_types(model, batch, loss, optimizer, autocast)
         self.model, self.batch, self.autocast = model, batch, autocast
         self.loss = loss or _default_loss
         self.make_optimizer = _optimizer_named(optimizer) if isinstance(optimizer, str) else optimizer
@@ -170,7 +170,7 @@ def _explained(what: str) -> Iterator[None]:
         raise EstimateError(f"estimate: {what}: {type(error).__name__}: {str(error).rstrip('.')}. {_HINT}") from error
 
 
-def _check_types(model: object, batch: object, loss: object, autocast: object) -> None:
+def _check_types(model: object, batch: object, loss: object, optimizer: object, autocast: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"estimate: expected a torch.nn.Module, got {type(model).__name__}")
     if reason := wrapping(model):
@@ -182,6 +182,11 @@ def _check_types(model: object, batch: object, loss: object, autocast: object) -
         )
     if loss is not None and not callable(loss):
         raise TypeError(f"estimate: loss: expected a function of the model's output, got {type(loss).__name__}")
+    if optimizer is not None and not isinstance(optimizer, str) and not callable(optimizer):
+        raise TypeError(
+            "estimate: optimizer: expected a name such as 'adamw', or a function that makes an optimizer from a list "
+            f"of parameters, such as lambda p: torch.optim.AdamW(p, lr=1e-4), got {_kind(optimizer)}"
+        )
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise TypeError(f"estimate: autocast: expected a dtype such as torch.bfloat16, got {autocast!r}")
 

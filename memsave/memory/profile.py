@@ -35,7 +35,7 @@ class Timeline:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryProfile:
-    """Memory of one run of a function, in bytes, all devices added up. Made by `memsave.measure`.
+    """Memory of one run, in bytes, all devices added up. Made by `memsave.measure` and `memsave.estimate`.
 
     Attributes:
         peak_bytes: the largest sum of all live storages at one moment. Those that existed before are included if the

@@ -150,7 +150,8 @@ class GradNormCache:
         if x.shape[0] % samples:
             _warn_once(
                 f"{module._get_name()} of shape {tuple(module.get_parameter('weight').shape)} reads rows that are not "
-                f"{samples} samples of equal length (routed or packed tokens?), so its rows are drawn by |x| alone"
+                f"{samples} samples of equal length, one for each of the ids (a wrong number of ids? routed or packed "
+                "tokens?), so its rows are drawn by |x| alone"
             )
             return None
         if self._visit is None or not self._visit.is_of(self._block, rows):

@@ -149,6 +149,7 @@ def test_what_came_back_is_filed_under_its_device(tmp_path: Path, capsys: pytest
         ({"results": []}, "no results by name"),
         ({"results": {"op_gather_rows": {"format": 1}}}, "results.json, op_gather_rows: result format 1"),
         ({"results": {"x": {"format": FORMAT}}}, "results.json, x: case, machine"),
+        ({"results": {}}, "no result in results.json"),
         ("tiny", "from a dry run"),
         (None, "neither results.json nor tune.json"),
     ],

@@ -242,6 +242,15 @@ def test_a_case_that_takes_longer_than_what_is_left_is_not_started(
     assert list(written["results"]) == ["short"] and list(written["left_out"]) == ["tiny"]
 
 
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
+def test_a_device_that_is_not_there_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run, "run_all", lambda *args: pytest.fail("cases were run"))
+    with pytest.raises(SystemExit) as caught:
+        run.main(["--device", device])
+    assert caught.value.code == 2
+
+
 def test_every_op_has_a_case() -> None:
     assert {f"op_{op}" for op in memsave.backends()} <= set(BY_NAME)
 

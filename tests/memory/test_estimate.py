@@ -421,6 +421,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "model": (lambda: estimate(3, X), TypeError, "expected a torch.nn.Module, got int"),  # type: ignore[arg-type]
     "batch_type": (lambda: estimate(nn.Linear(4, 4), 3), TypeError, "batch: expected a mapping .* got int"),  # type: ignore[arg-type]
     "loss_type": (lambda: estimate(nn.Linear(4, 4), X, loss=3), TypeError, "loss: expected a function.* got int"),  # type: ignore[arg-type]
+    "optimizer_type": (
+        lambda: estimate(nn.Linear(4, 4), X, optimizer=AdamW([X])),  # type: ignore[arg-type]
+        TypeError,
+        "optimizer: expected a name such as 'adamw', or a function .* got AdamW",
+    ),
     "autocast": (
         lambda: estimate(nn.Linear(4, 4), X, autocast="bf16"),  # type: ignore[arg-type]
         TypeError,

@@ -16,6 +16,7 @@ import torch
 import memsave
 from memsave import ops
 from memsave.ops import _backend, _native
+from tests.cases.ops import SPECS
 from tests.cases.ops.inputs import inclusion, matrix, row_indices, scales, seed
 
 ROOT = Path(memsave.__file__).parent.parent
@@ -41,9 +42,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_report_names_an_active_backend_and_a_reason_for_each_other() -> None:
     report = json.loads(json.dumps(ops.backends()))
-    assert set(report) == {
-        "draw_rows", "draw_winners", "gather_rows", "new_seed", "row_inclusion", "sampled_matmul"
-    }  # fmt: skip
+    assert set(report) == set(SPECS)
     for devices in report.values():
         assert set(devices) == {"cpu", "cuda"}
         for entry in devices.values():

@@ -112,6 +112,10 @@ MUTANTS = [
 ]
 
 
+def test_every_kernel_has_mutants() -> None:
+    assert {op for op, _, _ in MUTANTS} == {op for op in SPECS if has_kernel(op, "triton")}
+
+
 @pytest.mark.parametrize("op, right, wrong", MUTANTS, ids=[f"{op}: {wrong}" for op, _, wrong in MUTANTS])
 def test_a_broken_kernel_is_noticed(op: str, right: str, wrong: str, tmp_path: Path) -> None:
     """A test of the tests: a kernel with one mistake must fail on some row of the table."""
