@@ -215,6 +215,7 @@ def train(options: argparse.Namespace, text: Text) -> list[Result]:
         for index, batch in enumerate(batches.to(options.device)):
             # Turning the order keeps any variant from always running on caches that the same other one left behind.
             turn = index % len(runs)
+            batch = batch.clone()  # a view would count with the bytes of all batches
             for run in runs[turn:] + runs[:turn]:
                 run.step(index, batch)
                 progress.set_postfix_str(f"{run.name} loss {run.losses[-1]:.3f}", refresh=False)

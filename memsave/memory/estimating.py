@@ -187,8 +187,8 @@ def _check_types(model: object, batch: object, loss: object, optimizer: object, 
             "estimate: optimizer: expected a name such as 'adamw', or a function that makes an optimizer from a list "
             f"of parameters, such as lambda p: torch.optim.AdamW(p, lr=1e-4), got {_kind(optimizer)}"
         )
-    if autocast is not None and not isinstance(autocast, torch.dtype):
-        raise TypeError(f"estimate: autocast: expected a dtype such as torch.bfloat16, got {autocast!r}")
+    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+        raise TypeError(f"estimate: autocast: expected a floating dtype such as torch.bfloat16, got {autocast!r}")
 
 
 @contextmanager

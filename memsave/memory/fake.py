@@ -174,7 +174,16 @@ def _grouped_mm(a: Tensor, b: Tensor, *others: Any, **settings: Any) -> Tensor:
     return torch.empty_strided(half.shape, half.stride(), dtype=a.dtype, device=a.device)
 
 
+def _embedding(weight: Tensor, indices: Tensor, *settings: Any) -> Tensor:
+    if has_value(indices) and indices.numel():
+        smallest, largest = _compute(lambda: [int(i) for i in indices.aminmax()], (), {})
+        if not 0 <= smallest <= largest < weight.shape[0]:
+            raise IndexError(f"indices from {smallest} to {largest} into an embedding of {weight.shape[0]} rows")
+    return torch.ops.aten.embedding.default(weight, indices, *settings)
+
+
 _FAKE = {
+    torch.ops.aten.embedding.default: _embedding,
     torch.ops.aten.index.Tensor: _index,
     torch.ops.aten.masked_select.default: _masked_select,
     torch.ops.aten._grouped_mm.default: _grouped_mm,

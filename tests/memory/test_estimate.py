@@ -367,6 +367,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         EstimateError,
         r"Linear fails on this batch \(float32 \(2, 4\)\): RuntimeError: .*\. Nothing was changed",
     ),
+    "tokens": (
+        lambda: estimate(nn.Embedding(9, 4), torch.tensor([[3, 9]])),
+        EstimateError,
+        r"Embedding fails on this batch .*: IndexError: indices from 3 to 9 into an embedding of 9 rows\.",
+    ),
     "keyword": (
         lambda: estimate(nn.Linear(4, 4), {"x": X}),
         EstimateError,
@@ -429,7 +434,12 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "autocast": (
         lambda: estimate(nn.Linear(4, 4), X, autocast="bf16"),  # type: ignore[arg-type]
         TypeError,
-        "expected a dtype such as torch.bfloat16, got 'bf16'",
+        "expected a floating dtype such as torch.bfloat16, got 'bf16'",
+    ),
+    "autocast_dtype": (
+        lambda: estimate(nn.Linear(4, 4), X, autocast=torch.int8),
+        TypeError,
+        "autocast: expected a floating dtype .*, got torch.int8",
     ),
     "device": (
         lambda: estimate(nn.Linear(4, 4), X, device="nonsense"),
