@@ -75,6 +75,8 @@ def test_a_case_goes_on_where_it_was_stopped(
     assert len({row["validation_loss"] for row in rows}) == len(rows), "a variant that trains like another one"
     for row in rows:
         assert len(row["training_losses"]) == 2 and row["training_losses"][1] < row["training_losses"][0]
+    steps = quality.train(replace(case, **case.tiny, steps_per_point=1), "none", "plain", 0)["training_losses"]
+    assert rows[0]["training_losses"] == pytest.approx([sum(steps[:5]) / 5, steps[5]], abs=2e-5)
 
 
 @pytest.fixture
