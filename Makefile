@@ -27,9 +27,9 @@ bench: $(VENV)/.installed-bench ## measure every case on this machine; results i
 	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu $(ARGS)
 	$(BIN)/python -m benchmarks.tables
 
-quality: $(VENV)/.installed-bench ## losses and variances of sampled training; continues its result file
-	$(BIN)/python -m benchmarks.quality $(ARGS)
-	$(BIN)/python -m benchmarks.grad_norms
+quality: $(VENV)/.installed-bench ## losses and variances of sampled training, an hour; goes on where it was stopped
+	$(BIN)/python -m benchmarks.run --suite quality --out benchmarks/results/cpu $(ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 # For a machine that is lent for minutes: no virtual environment, no network. It uses the packages that PYTHON has.
 gpu: ## on a GPU machine: tests, cases and tiles into OUT=DIR; PART=tests|bench|tune, WHEELS=DIR, DEVICE=cpu (dry run)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import result_files
 from benchmarks.result_files import RESULTS
-from benchmarks.tables import ROOT, by_size, device_in_words, in_words
+from benchmarks.tables import ROOT, by_size, by_variant, device_in_words, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +26,7 @@ IMAGES = ROOT / "docs" / "img"
 DIGEST = "Digest"  # the key in the picture's metadata
 MEMORY, TIME, OP = "#4c72b0", "#dd8452", "#55a868"
 INCHES_PER_BAR = 0.26
+LINES = ("black", "#0072B2", "#E69F00", "#CC79A7")  # colour-blind readers can tell them apart
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,15 @@ class Plot:
 
     def write(self) -> None:
         """Draws it, unless the picture is there and current: another matplotlib would draw other bytes."""
+        from PIL import Image, PngImagePlugin
+
         if not self.is_current():
+            drawn, notes = BytesIO(), PngImagePlugin.PngInfo()
+            self.draw(self.shown).savefig(drawn, dpi=100)
+            notes.add_text(DIGEST, self.digest())
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.draw(self.shown).savefig(self.path, dpi=100, metadata={DIGEST: self.digest()})
+            # 256 colours are enough for curves and bars, and the file is several times smaller.
+            Image.open(drawn).convert("RGB").quantize(256).save(self.path, pnginfo=notes)
 
 
 def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:
@@ -63,6 +72,8 @@ def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:
             plots.append(Plot(images / f"{folder.name}-steps.png", steps, draw_steps))
         if ops:
             plots.append(Plot(images / f"{folder.name}-ops.png", ops, draw_ops))
+        trained = [data for data in found if data["case"]["kind"] == "quality"]
+        plots += [Plot(images / f"{folder.name}-{data['case']['name']}.png", [data], draw_quality) for data in trained]
     return plots
 
 
@@ -114,6 +125,46 @@ def draw_ops(shown: Sequence[dict[str, Any]]) -> Figure:
     axes.set_xlabel("time of plain PyTorch / time of memsave; more is better")
     axes.set_title(f"memsave's ops beside plain PyTorch\n{device_in_words(shown[0])}", fontsize=9)
     return figure
+
+
+def draw_quality(shown: Sequence[dict[str, Any]]) -> Figure:
+    """Training losses by step, and below what they are more than plain's of the same seed."""
+    from matplotlib.figure import Figure
+
+    (data,) = shown
+    found = by_variant(data)
+    plain = found["none", "plain"]
+    groups = list(dict.fromkeys(linears for linears, _ in found if linears != "none")) or ["none"]
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    panels = figure.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False)
+    for (losses, differences), group in zip(panels.T, groups, strict=True):
+        names = [variant for linears, variant in found if linears in ("none", group)]
+        for variant, color in zip(names, LINES, strict=False):
+            runs = plain if variant == "plain" else found[group, variant]
+            curves = {seed: run["training_losses"] for seed, run in runs.items()}
+            validation = statistics.fmean(run["validation_loss"] for run in runs.values())
+            points = data["case"]["steps_per_point"], color
+            _draw_curves(losses, list(curves.values()), *points, f"{variant} (validation {validation:.3f})")
+            pairs = [(curve, plain[seed]["training_losses"]) for seed, curve in curves.items()]
+            _draw_curves(differences, [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs], *points)
+        losses.set_title(f"rows sampled in {group}", fontsize=9)
+        losses.legend(frameon=False, fontsize=8)
+        differences.set_xlabel("step")
+    panels[0][0].set_ylabel("training loss (nats per byte)")
+    panels[1][0].set_ylabel("more than plain of the same seed")
+    title = f"Mean of {len(plain)} seeds and, shaded, their range; plain is the same on both sides"
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def _draw_curves(
+    axes: Axes, curves: Sequence[Sequence[float]], steps_per_point: int, color: str, label: str | None = None
+) -> None:
+    """The mean of curves, one for each seed, and their range."""
+    points = list(zip(*curves, strict=True))  # the seeds' values at each point
+    steps = [steps_per_point * (point + 0.5) for point in range(len(points))]
+    axes.plot(steps, [statistics.fmean(p) for p in points], color=color, label=label, linewidth=1.3)
+    axes.fill_between(steps, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.12)
 
 
 def _draw_bars(axes: Axes, names: Sequence[str], bars: dict[str, tuple[str, list[float]]], start: float = 0.0) -> None:

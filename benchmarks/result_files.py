@@ -21,6 +21,8 @@ from benchmarks.cases.case import Case
 
 FORMAT = 2
 RESULTS = Path(__file__).parent / "results"
+_AGAIN = "`make bench` or `make quality`, or `make gpu` on that device"
+_PACKAGES_OF_LOSSES = ("python", "torch", "transformers")
 _KEYS = ("case", "machine", "results", "left_out", "tiny")
 
 
@@ -81,6 +83,37 @@ def read(path: Path) -> dict[str, Any]:
     return checked(_load(path, "python -m benchmarks.run --case NAME --out DIR"), str(path))
 
 
+def begun(path: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """The result to go on with: that of the file, or without a file `new`, which has no results yet.
+
+    Raises:
+        ResultError: the file is of no use, or its results were made with other settings than those of `new`.
+    """
+    if not path.exists():
+        return new
+    try:
+        data = read(path)
+    except ResultError as error:
+        raise ResultError(f"{error} To begin anew, remove the file first.") from None
+    before, now = _settings(data), _settings(new)
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    if names:
+        theirs, ours = ({name: settings.get(name) for name in names} for settings in (before, now))
+        raise ResultError(
+            f"{path}: its results were made with {theirs}, this call has {ours}. It was not changed. "
+            "Name another folder by --out, or remove the file."
+        )
+    return data
+
+
+def _settings(data: dict[str, Any]) -> dict[str, Any]:
+    """What results depend on besides the code, and must share to be in one file."""
+    case, made = data["case"], data["machine"]
+    settings = {name: value for name, value in case.items() if name != "title"}
+    settings |= {"tiny": data["tiny"], "device": made["device"], "threads": made["threads"]}
+    return settings | {name: made["versions"].get(name) for name in _PACKAGES_OF_LOSSES}
+
+
 def read_bundle(path: Path) -> dict[str, dict[str, Any]]:
     """The results of a bundle by name. Raises ResultError as `read` does, before any of them is used."""
     data = _load(path, "make gpu OUT=DIR")
@@ -94,7 +127,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
     _check_format(data, where)
     missing = [key for key in _KEYS if key not in data]
     if missing:
-        raise ResultError(f"{where}: {', '.join(missing)} missing. Measure it again: `make bench` or `make gpu`.")
+        raise ResultError(f"{where}: {', '.join(missing)} missing. Measure it again: {_AGAIN}.")
     return data
 
 
@@ -112,7 +145,7 @@ def _check_format(data: Any, where: str) -> None:
     if found != FORMAT:
         raise ResultError(
             f"{where}: result format {found} was found, this version of memsave reads format {FORMAT}. "
-            "Nothing was changed. Measure it again: `make bench`, or `make gpu` on that device."
+            f"Nothing was changed. Measure it again: {_AGAIN}."
         )
 
 

@@ -2,7 +2,8 @@
 
 Each case is checked first, and no figure is given for one that fails. All that is compared runs in one process on the
 same data and takes turns, so that whatever else the machine does slows all alike. Writes <out>/<case>.json, or with
-`--bundle` one file that holds them all, after every case anew.
+`--bundle` one file that holds them all, after every case anew. A case that trains for long writes its file after every
+training, and goes on with the file that is there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ from benchmarks import result_files, tables
 from benchmarks.cases import CASES, Case
 from benchmarks.cases.estimates import EstimateCase
 from benchmarks.cases.ops import OpCase
+from benchmarks.cases.quality import QUALITY_CASES, GradNormsCase, QualityCase
 from benchmarks.cases.tiles import tile_cases
 from benchmarks.cases.training import StepCase, TrainingCase
 from benchmarks.cases.variance import VarianceCase
 from benchmarks.checks import CheckFailed
+from benchmarks.result_files import ResultError
 from benchmarks.runners.estimates import run_estimate_case
+from benchmarks.runners.grad_norms import run_grad_norms_case
 from benchmarks.runners.models import run_model_case
 from benchmarks.runners.ops import run_op_case
+from benchmarks.runners.quality import further_runs
 from benchmarks.runners.variance import run_variance_case
 
 RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, str]]]] = {
@@ -37,14 +42,33 @@ RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, st
     OpCase: run_op_case,
     VarianceCase: run_variance_case,
     EstimateCase: run_estimate_case,
+    GradNormsCase: run_grad_norms_case,
 }
+# Those that go on where they were: given a case and its results so far, they give each further one as it is there.
+RESUMED: dict[type[Case], Callable[..., Iterator[dict[str, Any]]]] = {QualityCase: further_runs}
 
 
-def run_case(case: Case, device: str, rounds: int, tiny: bool = False) -> dict[str, Any]:
+def run_case(case: Case, options: argparse.Namespace, record: Record) -> dict[str, Any]:
     """Check and measure one case: the content of its result file."""
-    case = case.at_toy_size() if tiny else case
-    results, left_out = RUNNERS[type(case)](case, device, rounds)
-    return result_files.result(case, device, tiny, results, left_out)
+    case = case.at_toy_size() if options.tiny else case
+    if type(case) in RESUMED:
+        return resume_case(case, options, record)
+    results, left_out = RUNNERS[type(case)](case, options.device, options.repeats)
+    return result_files.result(case, options.device, options.tiny, results, left_out)
+
+
+def resume_case(case: Case, options: argparse.Namespace, record: Record) -> dict[str, Any]:
+    """Measure what the case's result file lacks. A file that lacks nothing stays as it is, with its date and machine.
+
+    Raises:
+        ResultError: the results of the file were made with other settings.
+    """
+    new = result_files.result(case, options.device, options.tiny, [], {})
+    data = record.begun(new)
+    for row in RESUMED[type(case)](case, data["results"]):
+        data = new | {"results": [*data["results"], row]}
+        record.add(data)
+    return data
 
 
 class Record:
@@ -63,6 +87,10 @@ class Record:
         self.failed = 0
         self.tiny = tiny
         self._write_bundle()
+
+    def begun(self, new: dict[str, Any]) -> dict[str, Any]:
+        """The result to go on with: the one that an earlier run wrote, or `new`."""
+        return result_files.begun(self.folder / f"{new['case']['name']}.json", new) if self.folder else new
 
     def add(self, data: dict[str, Any]) -> None:
         name = data["case"]["name"]
@@ -99,8 +127,8 @@ def run_all(cases: Sequence[Case], options: argparse.Namespace, record: Record) 
             continue
         print(f"\n{case.name}: {case.title}", flush=True)
         try:
-            data = run_case(case, options.device, options.repeats, options.tiny)
-        except CheckFailed as error:
+            data = run_case(case, options, record)
+        except (CheckFailed, ResultError) as error:
             record.fail(case.name, str(error))
         except Exception as error:  # one case that breaks must not take the others' figures with it
             traceback.print_exc()
@@ -123,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--suite", choices=("cases", "tiles"), default="cases", help="tiles: those of the GPU kernels")
+    suites = {"cases": lambda: CASES, "quality": lambda: QUALITY_CASES, "tiles": tile_cases}
+    words = "quality: those that train for long; tiles: those of the GPU kernels"
+    parser.add_argument("--suite", choices=suites, default="cases", help=words)
     parser.add_argument("--case", nargs="+", metavar="NAME", help="which cases (default: all of this device)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each variant, at least 2 (default: 9)")
@@ -137,8 +167,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --repeats: quartiles need at least 2, got {options.repeats}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA or ROCm device. Nothing was run.")
-    suite = tile_cases() if options.suite == "tiles" else CASES
-    cases = {case.name: case for case in suite if options.device in case.devices}
+    cases = {case.name: case for case in suites[options.suite]() if options.device in case.devices}
     unknown = [name for name in options.case or () if name not in cases]
     if unknown:
         parser.error(f"argument --case: no {', '.join(unknown)} on {options.device}; there are {', '.join(cases)}")

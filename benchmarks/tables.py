@@ -7,6 +7,7 @@ benchmarks/results/cpu/NAME.json, up to `<!-- end -->`.
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ def footnote(data: dict[str, Any]) -> str:
     if "shape" in case:
         batch, length, *width = case["shape"]
         setting += f"{batch} x {length} tokens{f', d = {width[0]}' if width else ''}. "
+    if "text" in case:
+        setting += f"{training_in_words(data)}. "
     aim = f" {aim_in_words(data)}" if case.get("aim") and case["aim"]["device"] == device_type(data) else ""
     return f"{setting}{device_in_words(data)}, torch {made['versions']['torch']}, {made['date']}.{aim}"
 
@@ -91,6 +94,60 @@ def variance_rows(data: dict[str, Any]) -> list[list[str]]:
         ratios = [f"{pps / wta_crs:.2f}", f"{pps / crs:.2f}"]
         rows.append([str(r["sigma"]), str(r["keep_ratio"]), f"{pps:.3g}", f"{wta_crs:.3g}", f"{crs:.3g}", *ratios])
     return rows
+
+
+def quality_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each variant: its validation losses, and their differences from plain of the same seed."""
+    found = by_variant(data)
+    plain = found["none", "plain"]
+    loss = "validation loss, mean (lowest to highest)"
+    rows = [["sampled linears", "variant", loss, "more than plain of the same seed"]]
+    for (linears, variant), runs in found.items():
+        losses = [run["validation_loss"] for run in runs.values()]
+        more = [run["validation_loss"] - plain[seed]["validation_loss"] for seed, run in runs.items()]
+        rows.append([linears, variant, spread(losses, ".3f"), "" if runs is plain else spread(more, "+.3f")])
+    return rows
+
+
+def by_variant(data: dict[str, Any]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """The runs of a quality case by their linears and variant, each by its seed."""
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for run in data["results"]:
+        found.setdefault((run["linears"], run["variant"]), {})[run["seed"]] = run
+    return found
+
+
+def grad_norms_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each training and epoch: the mean over the kinds of linears, and their range."""
+    weights = {
+        "remembered": "half remembered norms (memsave)",
+        "norms alone": "remembered norms alone (paper)",
+        "best": "the norms themselves (best)",
+    }
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in data["results"]:
+        found.setdefault((result["training"], result["epoch"]), []).append(result)
+    rows = [["training", "epoch", "without a memory", *weights.values()]]
+    for (training, epoch), kinds in found.items():
+        ratios = [spread([kind[way] for kind in kinds], ".2f", "x") for way in weights]
+        rows.append([training, str(epoch), spread([kind["none"] for kind in kinds], ".2f"), *ratios])
+    return rows
+
+
+def spread(values: Sequence[float], style: str, unit: str = "") -> str:
+    """ "2.50x (2.00 to 3.00)": the mean, and the range."""
+    return f"{statistics.fmean(values):{style}}{unit} ({min(values):{style}} to {max(values):{style}})"
+
+
+def training_in_words(data: dict[str, Any]) -> str:
+    """On what the demo's model was trained."""
+    case = data["case"]
+    if case["kind"] == "quality":
+        count = f"{len({run['seed'] for run in data['results']})} seeds, {case['steps']} steps"
+    else:
+        count = f"{case['batches']} batches"
+    amount = f"{count} of {case['batch']} x {case['length']} bytes"
+    return f"The demo's {case['size']} model, {amount}, {case['text']['source']}"
 
 
 def op_rows(data: dict[str, Any]) -> list[list[str]]:
@@ -160,6 +217,8 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "op": op_rows,
     "variance": variance_rows,
     "estimate": estimate_rows,
+    "quality": quality_rows,
+    "grad_norms": grad_norms_rows,
 }
 
 

@@ -1,6 +1,6 @@
 """What is measured, as data: the cases of the methods, of the estimators' variance, of the ops and of `estimate`.
 
-The cases of the Triton kernels' tiles are in tiles.py.
+The cases of the Triton kernels' tiles are in tiles.py, those that train for long in quality.py.
 """
 
 from __future__ import annotations
