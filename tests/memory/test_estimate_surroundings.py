@@ -29,7 +29,6 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "anomaly": lambda: torch.autograd.detect_anomaly(check_nan=True),
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
-    "meta": lambda: torch.device("meta"),
 }
 
 
