@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -41,6 +42,20 @@ def test_the_callers_modes_change_nothing(name: str, autocast: torch.dtype | Non
     with ExitStack() as contexts:
         contexts.enter_context(SURROUNDINGS[name]())
         assert_equal(estimate(model, x, optimizer="adamw", autocast=autocast), expected)
+
+
+def test_another_thread_that_trains_changes_nothing() -> None:
+    """torch's hooks of all modules and optimizers are called there, too."""
+    model, other, x = two_layers(), two_layers(), torch.randn(4, 8)
+    train = steady_step(other, lambda: other(x).sum(), AdamW)
+
+    def loss(y: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(train).result()
+        return y.sum()
+
+    expected = estimate(model, x, optimizer="adamw")
+    assert_equal(estimate(model, x, loss=loss, optimizer="adamw"), expected)
 
 
 class _Random(nn.Linear):
