@@ -50,6 +50,11 @@ class MethodConfig:
     model raises, and `memsave.save` and `memsave.load` keep it."""
     docs: ClassVar[str] = ""
 
+    @property
+    def optional_keys(self) -> tuple[str, ...]:
+        """Keys that a converted module's `state_dict` may have or lack, with tensors of any shape."""
+        return ()
+
     def why_not(self, module: nn.Module) -> str | None:
         """Say in words why `module` cannot be converted, or return None. Changes nothing."""
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import EstimateError, UnsupportedModelError
 from ..wrappers import wrapping
@@ -35,9 +38,9 @@ def estimate(
     """Predict the memory of one training step, without running it: forward, backward and optimizer on fake tensors.
 
     The step is a steady one: no gradients at its start, optimizer states made by a step before, gradients dropped at
-    its end. Nothing is allocated but Python objects, and `model`, its gradients, its mode and torch's random numbers
-    stay as they are: a copy runs, whose tensors are fake. The prediction is what `memsave.measure` gives for the same
-    step on the same device and torch, within 1%.
+    its end. Nothing is allocated but Python objects, and `model`, its gradients, its mode and the random numbers of
+    torch, numpy and Python stay as they are: a copy runs, whose tensors are fake. The prediction is what
+    `memsave.measure` gives for the same step on the same device and torch, within 1%.
 
     Args:
         model: converted or not, with PEFT adapters, frozen or tied parameters, or on the meta device; not wrapped (DDP,
@@ -96,10 +99,9 @@ class _Step:
         tracker = StorageTracker()
         fakes = Fakes(self.device, lambda: tracker.running_module)
         with ExitStack() as contexts:
-            contexts.enter_context(torch.random.fork_rng(devices=[]))  # a small random tensor is real
+            contexts.enter_context(_same_random_numbers())
+            contexts.enter_context(_without_callers_modes())
             contexts.enter_context(_quiet())
-            contexts.enter_context(torch.inference_mode(False))
-            contexts.enter_context(torch.enable_grad())
             copy = fakes.module(self.model)
             if not copy.training:
                 copy.train()
@@ -114,6 +116,7 @@ class _Step:
                 loss = self._loss_of(copy, arguments, keywords)
                 with _explained(f"the backward of {type(copy).__name__} fails"):
                     loss.backward()
+                del loss
                 if optimizer is not None:
                     with _explained(f"the step of {type(optimizer).__name__} fails"):
                         with tracker.paused():
@@ -129,6 +132,7 @@ class _Step:
                 output = model(*arguments, **keywords)
             with _explained(f"loss fails on the model's output ({_kind(output)})"):
                 loss = self.loss(output)
+        torch.clear_autocast_cache()  # leaving autocast does that, but not within an autocast of the caller
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else _kind(loss)
             why = " that needs no gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
@@ -189,6 +193,35 @@ def _check_types(model: object, batch: object, loss: object, optimizer: object, 
         )
     if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
         raise TypeError(f"estimate: autocast: expected a floating dtype such as torch.bfloat16, got {autocast!r}")
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """The random numbers after the block are those from before it: a small random tensor in it is real."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _without_callers_modes() -> Iterator[None]:
+    """The step is the same in whatever mode the caller is: no_grad, autocast, fake tensors, anomaly detection."""
+    with ExitStack() as contexts:
+        contexts.enter_context(_disable_current_modes())
+        contexts.enter_context(torch.inference_mode(False))
+        contexts.enter_context(torch.enable_grad())
+        contexts.enter_context(torch.autograd.set_detect_anomaly(False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                contexts.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager

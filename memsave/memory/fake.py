@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -91,13 +92,28 @@ class Fakes:
                 for tensor in held:
                     if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
                         known[id(tensor)] = self.tensor(tensor)
-            with self.mode:
+            with self.mode, _CopiesAs(self.tensor):
                 return copy.deepcopy(module, known)
         except Exception as error:
             raise EstimateError(
                 f"estimate: {type(module).__name__} cannot be copied, and fake tensors need a copy to run on "
                 f"({type(error).__name__}: {error}). Measure a real step instead: memsave.measure(step)."
             ) from error
+
+
+class _CopiesAs(TorchFunctionMode):
+    """`copy.deepcopy` of a tensor that lies in a list, a dict or another object gives what `twin` makes of it."""
+
+    def __init__(self, twin: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._twin = twin
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = twin = self._twin(tensor)
+        return twin
 
 
 def _owners_of_hooks(module: nn.Module) -> Iterable[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,19 @@ from .storages import module_tensors
 
 # Names for what no running module allocated.
 BEFORE, OUTSIDE, BACKWARD = "(made before)", "(outside modules)", "(backward)"
+
+
+class OwnThread:
+    """The thread that made this, with the threads that autograd runs backward in.
+
+    torch's hooks of all modules and optimizers are called in every thread, and another one may train another model.
+    """
+
+    def __init__(self) -> None:
+        self._id = threading.get_ident()
+
+    def is_here(self) -> bool:
+        return threading.get_ident() == self._id or torch._C._current_autograd_node() is not None
 
 
 class ModuleWatch:
@@ -37,6 +51,7 @@ class ModuleWatch:
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __enter__(self) -> ModuleWatch:
+        self._thread = OwnThread()
         hooks = torch.nn.modules.module
         self._handles = [
             hooks.register_module_forward_pre_hook(self._before),
@@ -51,7 +66,7 @@ class ModuleWatch:
             self._report(module)
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._thread.is_here():
             return  # the compiler would trace this hook; the compiled module as a whole came here before
         for submodule in module.modules() if module not in self._seen else (module,):
             self._seen.add(submodule)
@@ -60,7 +75,7 @@ class ModuleWatch:
             self._on_enter(module)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._on_exit is not None and not torch.compiler.is_compiling():
+        if self._on_exit is not None and not torch.compiler.is_compiling() and self._thread.is_here():
             self._on_exit(module)
 
     def _report(self, module: nn.Module) -> None:

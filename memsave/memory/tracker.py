@@ -17,7 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .modules import BEFORE, ModuleNames, ModuleWatch, is_accumulate_grad
+from .modules import BEFORE, ModuleNames, ModuleWatch, OwnThread, is_accumulate_grad
 from .replay import Event
 from .saved import saved_tensors_hooks
 from .storages import Record, Storage, StorageTable, is_wrapper, nbytes, storages_of, tensors_in
@@ -67,6 +67,7 @@ class StorageTracker(TorchDispatchMode):
 
     def __enter__(self) -> StorageTracker:
         self._note_gradients()
+        self._thread = OwnThread()
         with ExitStack() as contexts:  # undoes what was entered if a later one fails
             contexts.enter_context(ModuleWatch(self._on_weight, self._on_enter, self._modules.exit))
             contexts.callback(torch_optimizer.register_optimizer_step_pre_hook(self._before_step).remove)
@@ -205,6 +206,8 @@ class StorageTracker(TorchDispatchMode):
             self.recomputed.append(name)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._thread.is_here():
+            return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self._on_weight(None, parameter)
@@ -215,8 +218,9 @@ class StorageTracker(TorchDispatchMode):
         self._steps += 1
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._steps -= 1
-        self._claim_state(optimizer)
+        if self._thread.is_here():
+            self._steps -= 1
+            self._claim_state(optimizer)
 
     def _claim_state(self, optimizer: torch.optim.Optimizer) -> None:
         for tensor in tensors_in(list(optimizer.state.values())):

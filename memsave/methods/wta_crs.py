@@ -72,6 +72,10 @@ class WTACRSConfig(TargetedConfig):
                 f"{self.save_grad_norms!r} with {self.grad_norms!r}"
             )
 
+    @property
+    def optional_keys(self) -> tuple[str, ...]:
+        return ("grad_norms",) if self.save_grad_norms else ()
+
     def candidate(self, module: nn.Module) -> bool:
         return is_linear(module)
 

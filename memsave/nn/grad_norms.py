@@ -34,7 +34,9 @@ STEPS_PER_OCTAVE, OCTAVES_BELOW_MEAN = 8, 5
 # Zero is mostly padding, which stays zero. Where it does not, this bounds by how much the variance can grow.
 FACTOR_OF_ZERO = 1 / 16
 _NORMS = [2.0 ** ((code - SMALLEST) / STEPS_PER_OCTAVE - OCTAVES_BELOW_MEAN) for code in range(SMALLEST, 256)]
-_FACTORS = torch.tensor([1.0, FACTOR_OF_ZERO, *((1 + norm) / 2 for norm in _NORMS)])
+# On the CPU, like all tensors of the memory: a default device of torch's, or "meta", must not take them over.
+_CPU = torch.device("cpu")
+_FACTORS = torch.tensor([1.0, FACTOR_OF_ZERO, *((1 + norm) / 2 for norm in _NORMS)], dtype=torch.float32, device=_CPU)
 LARGEST_ID = 2**31 - 1
 
 
@@ -42,10 +44,12 @@ class Block:
     """The dataset samples of one `sample_ids` block, `ids` (B,) int64. Two blocks with equal ids are not equal."""
 
     def __init__(self, ids: list[int]) -> None:
-        self.ids = torch.tensor(ids)
+        self.ids = torch.tensor(ids, device=_CPU)
         last = {sample: place for place, sample in enumerate(ids)}
-        self.different = torch.tensor(list(last))  # (U,)
-        self.places = torch.tensor(list(last.values()))  # (U,): where each different sample is in the batch, at last
+        self.different = torch.tensor(list(last), device=_CPU)  # (U,)
+        self.places = torch.tensor(
+            list(last.values()), device=_CPU
+        )  # (U,): where each different sample is in the batch, at last
 
 
 # Not local to a thread: on a GPU, backward and the forwards that it runs again are in another thread.
@@ -112,7 +116,7 @@ class GradNormCache:
 
     def __init__(self, saved: bool = False) -> None:
         self.saved = saved
-        self.codes = torch.zeros(0, 0, dtype=torch.uint8)
+        self.codes = torch.zeros(0, 0, dtype=torch.uint8, device=_CPU)
         self._block: Block | None = None
         self._visit: Visit | None = None
 
@@ -124,6 +128,7 @@ class GradNormCache:
         remember()
         return self.codes
 
+    @torch.inference_mode(False)  # see remember()
     def load(self, codes: Tensor) -> None:
         """Remember `codes` (S, L) uint8 from a `state_dict` instead. Raises ValueError for anything else."""
         if codes.dim() != 2 or codes.dtype != torch.uint8:
@@ -164,7 +169,7 @@ class GradNormCache:
         width = min(tokens, self.codes.shape[1])
         if not (len(known) and width):
             return None
-        codes = torch.zeros(len(ids), tokens, dtype=torch.uint8)
+        codes = torch.zeros(len(ids), tokens, dtype=torch.uint8, device=_CPU)
         codes[known, :width] = self.codes[ids[known], :width]
         return decode(codes).to(device, non_blocking=True)
 
@@ -173,7 +178,8 @@ class GradNormCache:
         samples, length = self.codes.shape
         needed, tokens = int(block.different.max()) + 1, codes.shape[1]
         if needed > samples or tokens > length:
-            larger = torch.zeros(max(rounded_up(needed), samples), max(tokens, length), dtype=torch.uint8)
+            shape = (max(rounded_up(needed), samples), max(tokens, length))
+            larger = torch.zeros(shape, dtype=torch.uint8, device=_CPU)
             larger[:samples, :length] = self.codes
             self.codes = larger
         new, old = codes[block.places], self.codes[block.different, :tokens]  # (U, T)
@@ -223,6 +229,7 @@ class Visit:
             cache.write(self.block, codes)
 
 
+@torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
 def remember() -> None:
     """Write what backward has collected to the memories: all copies to the CPU at once, then one wait for them."""
     visits = _pending.copy()

@@ -51,14 +51,16 @@ def save(
         ImportError: safetensors is not installed.
     """
     safetensors, safetensors_error = _safetensors("save")
-    target = Path(directory)
+    target = Path(directory).resolve()
     _check_target(target, overwrite)
     if wrapper := _wrapper(model):
         raise SaveError(f"save: {wrapper}. {_NOTHING_WRITTEN}")
     tensors, tied = weights.tensors_of(model.state_dict() if state_dict is None else state_dict)
     record = records.record_of(model, tied)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # On the target's own file system, where moving cannot fail halfway: it may be the root of a mounted volume.
+    beside = target if target.exists() else target.parent
+    staged = beside / f".{target.name}.{os.getpid()}.partial"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
@@ -107,7 +109,6 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
         raise LoadError(f"load: {wrapper}. {_UNCHANGED}")
     replace = model is None or any(t.is_meta for t in target.state_dict().values() if isinstance(t, Tensor))
     _rebuild(target, record, tensors, replace)
-    weights.fill(target, tensors, replace=replace)
     return target.train(record.training) if model is None else target
 
 
@@ -167,7 +168,7 @@ def _from_config(source: Path, record: Record) -> nn.Module:
 
 
 def _rebuild(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], replace: bool) -> None:
-    """Give `model` the structure that was saved, and check that `tensors` fit; on any exception it is as it was."""
+    """Give `model` the structure that was saved, check that `tensors` fit, and load them; on any exception undo it."""
     saved = {name: {a.config.name: a for a in record.methods if a.name == name} for name in _names(record)}
     present = {name: c for name, m in model.named_modules() if (c := applied_configs(m))}
     if present and present != {name: {k: a.config for k, a in methods.items()} for name, methods in saved.items()}:
@@ -181,6 +182,7 @@ def _rebuild(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], re
         for applied in () if present else record.methods:
             yield _change(model, applied)
         weights.check_fit(model, tensors, record.tied, any_dtype=replace)
+        weights.fill(model, tensors, replace=replace)
 
     def convert(change: Change, module: nn.Module) -> nn.Module:
         return change.config.rebuild(module, saved[change.name][change.config.name].state)

@@ -88,7 +88,7 @@ def read_record(directory: Path) -> Record:
     try:
         data = json.loads(path.read_text())
         written_format = data["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"load: {path} is damaged: {error!r}. The model was not changed.") from error
     if written_format != FORMAT:
         raise LoadError(
@@ -102,7 +102,8 @@ def read_record(directory: Path) -> Record:
             for name, items in data["modules"].items()
             for item in items
         )
-        return Record(methods, dict(data["tied"]), bool(data["training"]), bool(data["transformers"]))
+        tied = {name: str(written) for name, written in data["tied"].items()}
+        return Record(methods, tied, bool(data["training"]), bool(data["transformers"]))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise LoadError(f"load: {path} is damaged: {error!r}. The model was not changed.") from error
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..config import applied_configs
 from ..errors import LoadError, SaveError
 
 FILE = "model.safetensors"
@@ -31,7 +32,8 @@ def tensors_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
             continue
         if reason := _why_not_written(value):
             raise SaveError(f"save: {name}: {reason}. Nothing was written.")
-        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        turned = value.is_conj(), value.is_neg()  # views with other values at the same place
+        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype, turned)
         written = names.setdefault(place, name) if value.numel() else name
         if written != name:
             tied[name] = written
@@ -59,8 +61,10 @@ def _why_not_written(value: object) -> str | None:
             "it is sharded; gather the weights by get_model_state_dict(model, options=StateDictOptions("
             "full_state_dict=True)) of torch.distributed.checkpoint.state_dict, and pass them as state_dict= on rank 0"
         )
-    if value.layout is not torch.strided or value.is_quantized:
-        return f"safetensors holds plain dense tensors, not {value.layout} or quantized ones"
+    wraps = hasattr(type(value), "__tensor_flatten__")
+    if value.layout is not torch.strided or value.is_quantized or wraps:
+        kind = type(value).__name__ if wraps else value.layout
+        return f"safetensors holds plain dense tensors, not {kind} or quantized ones"
     return None
 
 
@@ -72,10 +76,11 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str
         any_dtype: whether the model takes over the dtypes of `tensors`.
     """
     own = model.state_dict(keep_vars=True)
-    needed = {name for name, value in own.items() if value is not None}
+    optional = _optional_names(model)
+    needed = {name for name, value in own.items() if value is not None} - optional
     problems = _listed("not in the file", needed - tensors.keys())
-    problems += _listed("not in the model", tensors.keys() - own.keys())
-    both = [name for name in own if name in tensors and not name.endswith(_EXTRA_STATE)]
+    problems += _listed("not in the model", tensors.keys() - own.keys() - optional)
+    both = [name for name in own if name in tensors and not name.endswith(_EXTRA_STATE) and name not in optional]
     shapes = [f"{n} {[*tensors[n].shape]}, not {[*own[n].shape]}" for n in both if tensors[n].shape != own[n].shape]
     problems += _listed("of another shape in the file", shapes)
     every = [*model.named_parameters(), *model.named_buffers()]
@@ -92,6 +97,16 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str
         raise LoadError(f"load: the checkpoint does not fit the model: {found}. The model was not changed.")
 
 
+def _optional_names(model: nn.Module) -> set[str]:
+    """Names of the state dict's entries that the converted modules of `model` may lack, and that have any shape."""
+    return {
+        f"{name}.{key}".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        for config in applied_configs(module).values()
+        for key in config.optional_keys
+    }
+
+
 def _listed(what: str, names: Any) -> list[str]:
     """One line that shows the first few of `names`, or nothing."""
     shown = sorted(names)
@@ -103,6 +118,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, replace: bool) -> N
     """Load `tensors`, which fit, into `model`: by copying into its own, or by new ones that take their places.
 
     Tied tensors stay tied, and `requires_grad` and the device stay, except that what was on meta goes to the CPU.
+    Raises LoadError if a module refuses its values.
     """
     state = dict(tensors)
     if replace:
@@ -115,4 +131,10 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, replace: bool) -> N
                     parameter = isinstance(own, nn.Parameter)
                     made[id(own)] = nn.Parameter(value, requires_grad=own.requires_grad) if parameter else value
                 state[name] = made[id(own)]
-    model.load_state_dict(state, strict=False, assign=replace)
+    try:
+        model.load_state_dict(state, strict=False, assign=replace)
+    except Exception as error:  # of a module's own `set_extra_state`, say
+        raise LoadError(
+            f"load: the model does not take the values: {error}. Its structure is as it was, but some of its values "
+            "may be those of the file."
+        ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import memsave
 from memsave.nn import grad_norms
-from memsave.nn.grad_norms import Block, GradNormCache, decode, encode, rounded_up
+from memsave.nn.grad_norms import Block, GradNormCache, Visit, decode, encode, rounded_up
 
 HALF_A_STEP = 2 ** (1 / 16)
 
@@ -152,6 +153,22 @@ def test_of_a_sample_that_is_there_twice_the_last_place_counts() -> None:
     cache = GradNormCache()
     written(cache, [1, 0, 1], [[1], [2], [3]])
     assert cache.codes.tolist() == [[2], [3]]
+
+
+@pytest.mark.parametrize("surroundings", [torch.inference_mode, lambda: torch.device("meta")])
+def test_it_can_be_written_and_read_whatever_the_mode_or_default_device_was(surroundings: Any) -> None:
+    """Evaluation in inference mode may open blocks, too; a script may set a default device."""
+    visit = Visit(cache := GradNormCache(), Block([0]), rows=2)
+    visit.add(torch.ones(2, 3))
+    with surroundings():
+        with memsave.sample_ids([1]):
+            assert cache.factors(torch.tensor([0], device="cpu"), 2, torch.device("cpu")).tolist() == [[1, 1]]  # type: ignore[union-attr]
+            assert grad_norms._open is not None and grad_norms._open.ids.tolist() == [1]
+        loaded = GradNormCache()
+        loaded.load(cache.codes)
+    for each in (cache, loaded):
+        written(each, [0], [[9, 8]])
+        assert each.codes.tolist() == [[9, 8]] and each.codes.device.type == "cpu"
 
 
 def factors(cache: GradNormCache, ids: list[int], tokens: int) -> Tensor | None:

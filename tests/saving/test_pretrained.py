@@ -65,6 +65,18 @@ def no_class(config: Any) -> None:
     config["architectures"] = None
 
 
+def odd_class(config: Any) -> None:
+    config["architectures"] = [3]
+
+
+def no_such_shape(config: Any) -> None:
+    config["num_attention_heads"] = 5
+
+
+def class_of_another_config(config: Any) -> None:
+    config["architectures"] = ["GPT2LMHeadModel"]
+
+
 def foreign_code(config: Any) -> None:
     config.update(model_type="mine", auto_map={"AutoConfig": "code.Mine"})
 
@@ -74,6 +86,9 @@ def foreign_code(config: Any) -> None:
     [
         (other_class, "names the class 'NoSuchModel', which transformers .* does not have. Make the model yourself"),
         (no_class, "names the class '', which"),
+        (odd_class, "names the class '3', which"),
+        (no_such_shape, "transformers cannot read .*config.json"),
+        (class_of_another_config, "transformers cannot make a GPT2LMHeadModel from .*embd_pdrop.* Make the model"),
         (foreign_code, "transformers cannot read .*config.json"),
         (None, "has no config.json. Make the model yourself and call memsave.load"),
     ],

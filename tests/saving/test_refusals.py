@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import memsave
 from memsave import LoadError, RecomputeNormConfig, SaveError
@@ -51,6 +52,14 @@ def unknown_field(d: Path) -> None:
     edit(d, lambda record: record["configs"][0].update(strength=3))
 
 
+def odd_ties(d: Path) -> None:
+    edit(d, lambda record: record.update(tied="0.weight"))
+
+
+def too_deep(d: Path) -> None:
+    (d / "memsave.json").write_text("[" * 100_000)
+
+
 def lost_entry(d: Path) -> None:
     edit(d, lambda record: record.pop("modules"))
 
@@ -77,6 +86,8 @@ DAMAGE = [
     (unknown_method, r"method 'teleport' is unknown; expected one of .* It was written by memsave"),
     (unknown_field, r"Config has no field \['strength'\]; it has .* It was written by memsave"),
     (lost_entry, r"memsave.json is damaged: KeyError\('modules'\)"),
+    (odd_ties, r"memsave.json is damaged: AttributeError"),
+    (too_deep, r"memsave.json is damaged: RecursionError"),
     (no_json, r"memsave.json is damaged: JSONDecodeError"),
     (no_record, r"holds no memsave.json, so memsave.save did not write it"),
     (no_weights, r"model.safetensors cannot be read: .*No such file"),
@@ -170,6 +181,25 @@ def test_a_fault_in_the_middle_leaves_the_plain_model(saved: Path, unchanged: Un
         memsave.load(saved, model)
 
 
+class Refusing(nn.Sequential):
+    """Takes no state that it did not make itself."""
+
+    def get_extra_state(self) -> Any:
+        return torch.zeros(1)
+
+    def set_extra_state(self, state: Any) -> None:
+        raise ValueError("the state is not mine")
+
+
+def test_a_model_that_refuses_its_values_is_plain_again(tmp_path: Path) -> None:
+    converted, model = (Refusing(nn.RMSNorm(4), nn.Linear(4, 4)) for _ in range(2))
+    memsave.convert_model(converted)
+    memsave.save(converted, tmp_path / "c")
+    with pytest.raises(LoadError, match="does not take the values: .*the state is not mine"):
+        memsave.load(tmp_path / "c", model)
+    assert [type(module) for module in model] == [nn.RMSNorm, nn.Linear]
+
+
 def test_only_models_of_transformers_are_made_by_load(saved: Path) -> None:
     with pytest.raises(
         LoadError, match=r"was not saved from a transformers model.*call memsave.load\('.*saved', model"
@@ -201,6 +231,24 @@ def test_overwriting_replaces_the_checkpoint_and_nothing_else(saved: Path) -> No
     assert sorted(f.name for f in saved.iterdir()) == ["memsave.json", "model.safetensors", "tokenizer.json"]
     assert (saved / "tokenizer.json").read_text() == "mine"
     assert [f.name for f in saved.parent.iterdir()] == ["saved"]
+
+
+def test_nothing_leaves_a_directory_that_exists(saved: Path) -> None:
+    """What is beside it may lie on another file system, where a move fails, or be closed to writing."""
+    places: list[Path] = []
+    write = safetensors.save_file
+    with mock.patch.object(safetensors, "save_file", lambda t, path: (places.append(path), write(t, path))):
+        memsave.save(make(), saved, overwrite=True)
+    assert [path.parent.parent for path in places] == [saved]
+
+
+def test_the_current_directory_and_links_are_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    memsave.save(make(), tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "real")
+    memsave.save(make(), ".", overwrite=True)
+    memsave.load(".", make())
+    assert (tmp_path / "link").is_symlink() and {f.name for f in tmp_path.iterdir()} == {"link", "real"}
 
 
 def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
@@ -238,6 +286,12 @@ def sparse() -> nn.Module:
     return module
 
 
+def wrapping_tensor() -> nn.Module:
+    module = make()
+    module[0].weight = nn.Parameter(TwoTensor(torch.ones(4), torch.zeros(4)))
+    return module
+
+
 def wide() -> nn.Module:
     module = make()
     module.register_buffer("table", torch.eye(3, dtype=torch.complex128))
@@ -255,6 +309,7 @@ UNFIT = [
     (lambda: make().to("meta"), r"0.weight: it is on the meta device and has no values"),
     (lazy, r"0.weight: it is made by the first forward; run the model once first"),
     (sparse, r"table: safetensors holds plain dense tensors, not torch.sparse_coo"),
+    (wrapping_tensor, r"0.weight: safetensors holds plain dense tensors, not TwoTensor"),
     (wide, r"safetensors cannot write the weights: KeyError\(torch.complex128\)"),
     (lambda: nn.Sequential(Pickled(2, 2)), r"0._extra_state: expected a tensor, got dict; memsave writes no pickles"),
     (lambda: nn.DataParallel(make()), r"the model is wrapped in DataParallel; use the module inside: model.module"),

@@ -160,6 +160,45 @@ def test_all_sorts_of_tensors_come_back(tmp_path: Path) -> None:
     assert plain.part.data_ptr() == plain.whole.data_ptr() and not plain.turned.is_contiguous()
 
 
+class Conjugate(nn.Module):
+    """Two buffers at one place in memory, with different values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = torch.randn(4, dtype=torch.complex64)
+        self.register_buffer("whole", values)
+        self.register_buffer("turned", values.conj())
+
+
+def test_a_conjugate_view_is_another_tensor(tmp_path: Path) -> None:
+    model, plain = Conjugate(), Conjugate()
+    memsave.save(model, tmp_path / "c")
+    memsave.load(tmp_path / "c", plain)
+    assert torch.equal(plain.whole, model.whole) and torch.equal(plain.turned, model.whole.conj())
+
+
+@pytest.mark.parametrize("seen", [0, 3], ids=["no_memory", "another_memory"])
+def test_gradient_norms_come_back(seen: int, tmp_path: Path) -> None:
+    """The memory is in the state dict once it holds something, and its shape is that of the data."""
+
+    def made(samples: int) -> nn.Module:
+        model = make()
+        memsave.convert_model(model, wta(["up_proj"], grad_norms="sample_cache", save_grad_norms=True, min_rows=1))
+        for ids in ([0, samples], [0]) if samples else ():
+            with memsave.sample_ids(ids):
+                model(torch.randn(len(ids), 2 + samples, 4)).sum().backward()
+        return model
+
+    model, other = made(7), made(seen)
+    memsave.save(model, tmp_path / "c")
+    for target in (other, make()):
+        memsave.load(tmp_path / "c", target)
+        assert "1.up_proj.grad_norms" in target.state_dict() and state_bits(target) == state_bits(model)
+    memsave.load(tmp_path / "c", made(0))
+    memsave.save(made(0), tmp_path / "empty")
+    memsave.load(tmp_path / "empty", make())
+
+
 def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
     model = make()
     model[2].up_proj.weight = model[1].up_proj.weight
