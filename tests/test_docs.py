@@ -1,4 +1,4 @@
-"""The code in the pages on saving and distributed training runs as it stands there."""
+"""The code in the pages on saving, distributed training and the loss runs as it stands there."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def test_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files == {"config.json", "generation_config.json", "memsave.json", "model.safetensors"}
 
 
+def test_linear_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run_page("linear_cross_entropy.md", tmp_path, monkeypatch)
+    logits, labels = left["head"](left["body"](left["x"])).flatten(0, 1), left["labels"].flatten()
+    loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    loss = loss + 1e-4 * logits[labels != -100].logsumexp(-1).square().mean()
+    torch.testing.assert_close(left["loss"], loss)
+    assert left["body"].weight.grad.count_nonzero()
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
@@ -53,5 +62,7 @@ def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert applied_configs(left["plain"].lm_head)
     for name, weight in left["plain"].state_dict().items():
         assert torch.equal(weight, left["weights"][name])
-    with pytest.raises(memsave.UnsupportedModelError, match="wrapped in FSDPModule: convert, restore or estimate .* fully_shard"):
+    with pytest.raises(
+        memsave.UnsupportedModelError, match="wrapped in FSDPModule: convert, restore or estimate .* fully_shard"
+    ):
         memsave.restore_model(left["model"])
