@@ -158,6 +158,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "training": model_rows,
     "step": model_rows,
     "op": op_rows,
+    "loss": op_rows,
     "variance": variance_rows,
     "estimate": estimate_rows,
 }
