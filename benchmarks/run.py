@@ -22,6 +22,7 @@ import torch
 from benchmarks import result_files, tables
 from benchmarks.cases import CASES, Case
 from benchmarks.cases.estimates import EstimateCase
+from benchmarks.cases.losses import LossCase
 from benchmarks.cases.ops import OpCase
 from benchmarks.cases.quality import QUALITY_CASES, GradNormsCase, QualityCase
 from benchmarks.cases.tiles import tile_cases
@@ -40,6 +41,7 @@ RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, st
     TrainingCase: run_model_case,
     StepCase: run_model_case,
     OpCase: run_op_case,
+    LossCase: run_op_case,
     VarianceCase: run_variance_case,
     EstimateCase: run_estimate_case,
     GradNormsCase: run_grad_norms_case,

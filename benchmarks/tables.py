@@ -215,6 +215,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "training": model_rows,
     "step": model_rows,
     "op": op_rows,
+    "loss": op_rows,
     "variance": variance_rows,
     "estimate": estimate_rows,
     "quality": quality_rows,

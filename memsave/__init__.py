@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .memory import MemoryProfile, estimate, measure, saved_bytes
     from .methods import RecomputeNormConfig, WTACRSConfig
     from .nn.grad_norms import sample_cache_bytes, sample_ids
+    from .nn.linear_cross_entropy import linear_cross_entropy
     from .ops import backends
     from .report import Report
     from .saving import load, save
@@ -57,6 +58,7 @@ _PLACES = {
     "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
     "methods": ("RecomputeNormConfig", "WTACRSConfig"),
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
+    "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
     "report": ("Report",),
     "saving": ("load", "save"),
@@ -83,6 +85,7 @@ __all__ = [
     "backends",
     "convert_model",
     "estimate",
+    "linear_cross_entropy",
     "load",
     "measure",
     "restore_model",

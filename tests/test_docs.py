@@ -85,6 +85,15 @@ def test_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files == {"config.json", "generation_config.json", "memsave.json", "model.safetensors"}
 
 
+def test_linear_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run_page("linear_cross_entropy.md", tmp_path, monkeypatch)
+    logits, labels = left["head"](left["body"](left["x"])).flatten(0, 1), left["labels"].flatten()
+    loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    loss = loss + 1e-4 * logits[labels != -100].logsumexp(-1).square().mean()
+    torch.testing.assert_close(left["loss"], loss)
+    assert left["body"].weight.grad.count_nonzero()
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""

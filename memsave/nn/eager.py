@@ -37,10 +37,14 @@ def plain(x: object) -> bool:
     )
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is in force for `x`; torch raises for devices that have none, such as meta."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Run operators on `x` in exactly the dtypes that they are given."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
 def autocast_now(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
@@ -48,6 +52,13 @@ def autocast_now(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
     device = x.device.type
     enabled = torch.is_autocast_enabled(device)
     return partial(torch.autocast, device, torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=False)
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which x and weight are multiplied: autocast's where it applies, else the weight's."""
+    if autocast_enabled(x) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +74,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return outputs
-        message = b"trying to differentiate twice through a module that memsave converted; restore_model it first"
+        message = (
+            b"trying to differentiate twice through a function of memsave, which has first derivatives only; "
+            b"restore_model a converted module first"
+        )
         stop = torch._C._functions.DelayedError(message, len(outputs))
         return stop(*(None if t is None else t.detach().requires_grad_(True) for t in outputs))  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import ops
 from . import note as notes
 from .converted import Converted, original_class
-from .eager import no_autocast, once_differentiable, only_input, plain
+from .eager import no_autocast, once_differentiable, only_input, plain, product_dtype
 from .grad_norms import GradNormCache, Visit, warn_of_compiler
 from .note import Recipe
 from .rows import KeepRows, Sample, draw_sample, poison, sample_of
@@ -82,7 +82,7 @@ class ConvertedLinear(Converted):
         visit = cache.visit(x, self) if cache is not None else None  # type: ignore[arg-type]
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)  # type: ignore[misc]
-        dtype = _product_dtype(x, self.weight)
+        dtype = product_dtype(x, self.weight)
         if compiling:
             if keep is None:
                 return super().forward(x)  # type: ignore[misc]
@@ -149,13 +149,6 @@ class ConvertedLinear(Converted):
             return 0 if noted else num_rows * features * dtype.itemsize
         k = keep.num_rows(num_rows)
         return k * 8 + (1 if noted else k + 1) * features * dtype.itemsize
-
-
-def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which x and weight are multiplied: autocast's where it applies, else the weight's."""
-    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype
 
 
 class _Shared(NamedTuple):
