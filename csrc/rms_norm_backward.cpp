@@ -7,7 +7,8 @@
 namespace memsave {
 namespace {
 
-constexpr int64_t kMaxBlocks = 32, kMinBlockRows = 16;
+// Enough blocks for 32 threads, and short sums; the blocks' own sums take at most 1/8 (few rows) or 1/128 of x.
+constexpr int64_t kBlocks = 32, kMinBlockRows = 16, kMaxBlockRows = 256;
 
 struct Gradients {
   const char *dy, *x;
@@ -17,7 +18,10 @@ struct Gradients {
   void* sums;  // (blocks, 2, D): the block's sum, and that of its last rows; null where dweight is not needed
 };
 
-int64_t block_rows(int64_t n) { return std::max(kMinBlockRows, (n + kMaxBlocks - 1) / kMaxBlocks); }
+int64_t block_rows(int64_t n) {
+  return std::min(kMaxBlockRows, std::max(kMinBlockRows, (n + kBlocks - 1) / kBlocks));
+}
+
 
 // How many rows are added to each other before they are added to their block's sum: the root of their number, because
 // rounding errors grow with the length of either sum.
