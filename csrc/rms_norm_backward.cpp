@@ -7,7 +7,7 @@
 namespace memsave {
 namespace {
 
-// Enough blocks for 32 threads, and short sums; the blocks' own sums take at most 1/8 (few rows) or 1/128 of x.
+// Enough blocks for 32 threads, and short sums; with many rows, the blocks' sums take 1/128 of x.
 constexpr int64_t kBlocks = 32, kMinBlockRows = 16, kMaxBlockRows = 256;
 
 struct Gradients {
@@ -21,7 +21,6 @@ struct Gradients {
 int64_t block_rows(int64_t n) {
   return std::min(kMaxBlockRows, std::max(kMinBlockRows, (n + kBlocks - 1) / kBlocks));
 }
-
 
 // How many rows are added to each other before they are added to their block's sum: the root of their number, because
 // rounding errors grow with the length of either sum.

@@ -42,7 +42,8 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_report_names_an_active_backend_and_a_reason_for_each_other() -> None:
     report = json.loads(json.dumps(ops.backends()))
     assert set(report) == {
-        "draw_rows", "draw_winners", "gather_rows", "new_seed", "row_inclusion", "sampled_matmul"
+        "draw_rows", "draw_winners", "gather_rows", "new_seed", "rms_norm", "rms_norm_backward",
+        "row_inclusion", "sampled_matmul",
     }  # fmt: skip
     for devices in report.values():
         assert set(devices) == {"cpu", "cuda"}

@@ -24,22 +24,28 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, style: int, double: b
 
 
 def workspace_bytes(x: Tensor, weight: Tensor | None, eps: float, style: int, double: bool) -> int:
+    """The largest of three moments: the squares and their means, xhat being rounded, and the product being made."""
     n, d = x.shape
-    wide = statistic_dtype(x.dtype, double)
-    rounded = rounded_dtype(x.dtype, None if weight is None else weight.dtype, style) or wide
-    y = output_dtype(x.dtype, None if weight is None else weight.dtype, style, double)
+    wide, weight_dtype = statistic_dtype(x.dtype, double), None if weight is None else weight.dtype
+    rounded = rounded_dtype(x.dtype, weight_dtype, style) or wide
+    y = output_dtype(x.dtype, weight_dtype, style, double)
+    statistic = wide.itemsize * n
     widened = 0 if x.dtype == wide and x.is_contiguous() else wide.itemsize * n * d
-    squares = widened + wide.itemsize * n * d + wide.itemsize * n
-    xhat = wide.itemsize * n * d
-    rounding = xhat + (0 if rounded == wide else rounded.itemsize * n * d)
-    scaling = 0
-    if weight is not None:
-        one_plus = style == Style.ONE_PLUS
-        product = wide if one_plus else torch.promote_types(weight.dtype, rounded)
-        live = xhat if rounded == wide else rounded.itemsize * n * d
-        scale = wide.itemsize * d if one_plus else 0
-        scaling = live + product.itemsize * n * d
-        scaling = max(scaling + scale, scaling + (0 if product == y else y.itemsize * n * d))
-    statistics = wide.itemsize * n
-    peak = max(squares, widened + statistics + max(rounding, scaling))
-    return peak - statistics - y.itemsize * n * d
+    squares = wide.itemsize * n * d + statistic
+    rounding = statistic + (wide.itemsize + (0 if rounded == wide else rounded.itemsize)) * n * d
+    scaling = 0 if weight is None else statistic + _scaling_bytes(x, weight, wide, rounded, y, style)
+    return widened + max(squares, rounding, scaling) - statistic - y.itemsize * n * d
+
+
+def _scaling_bytes(
+    x: Tensor, weight: Tensor, wide: torch.dtype, rounded: torch.dtype, y: torch.dtype, style: int
+) -> int:
+    """xhat, the weight as it is used, their product, and either what torch casts on the CPU to multiply or y."""
+    n, d = x.shape
+    used = wide if style == Style.ONE_PLUS else weight.dtype
+    product = torch.promote_types(used, rounded)
+    casts = (0 if rounded == product else n * d) + (0 if used == product else d)
+    multiplying = product.itemsize * (casts if x.device.type == "cpu" else 0)
+    rounding = 0 if product == y else y.itemsize * n * d
+    scale = wide.itemsize * d if style == Style.ONE_PLUS else 0
+    return (rounded.itemsize + product.itemsize) * n * d + max(multiplying + scale, rounding)

@@ -10,12 +10,16 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Style(IntEnum):
-    """Where RMSNorms round to the input's dtype and how they apply the weight; numbers, because schemas take no enum."""
+    """Where RMSNorms round to the input's dtype and how they apply the weight; numbers, because schemas take no enum.
 
-    CAST_THEN_SCALE = 0  # weight * cast(xhat)
-    CAST_TO_WEIGHT = 1  # weight * xhat, cast to the weight's dtype if that is a half type
-    SCALE_THEN_CAST = 2  # cast(weight * xhat)
-    ONE_PLUS = 3  # cast((1 + weight) * xhat)
+    CAST_THEN_SCALE is weight * cast(xhat); CAST_TO_WEIGHT weight * xhat, cast to the weight's dtype if that is a half
+    type; SCALE_THEN_CAST cast(weight * xhat); ONE_PLUS cast((1 + weight) * xhat).
+    """
+
+    CAST_THEN_SCALE = 0
+    CAST_TO_WEIGHT = 1
+    SCALE_THEN_CAST = 2
+    ONE_PLUS = 3
 
 
 def statistic_dtype(x: torch.dtype, double: bool) -> torch.dtype:

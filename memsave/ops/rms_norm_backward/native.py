@@ -41,9 +41,7 @@ def launch(
     return dx, dweight
 
 
-def workspace_bytes(
-    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: int, needs_dweight: bool
-) -> int:
+def workspace_bytes(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: int, needs_dweight: bool) -> int:
     wide = rstd.dtype
     if not widens_evenly(wide, dy, x, weight):
         return reference.workspace_bytes(dy, x, rstd, weight, style, needs_dweight)

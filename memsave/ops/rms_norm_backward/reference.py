@@ -27,9 +27,7 @@ def rms_norm_backward(
     return dx.to(x.dtype), dweight
 
 
-def workspace_bytes(
-    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: int, needs_dweight: bool
-) -> int:
+def workspace_bytes(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: int, needs_dweight: bool) -> int:
     """At the difference of two products: xhat, dxhat, one product and the difference, which may become dx."""
     wide = rstd.dtype
     each = x.numel() * wide.itemsize

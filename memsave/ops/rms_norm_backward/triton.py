@@ -1,8 +1,8 @@
 """Triton kernel of `rms_norm_backward`: each program takes a group of rows and sums their part of dweight.
 
-Shapes: dy and x (N, D), rstd (N,), weight (D,) or None, results dx (N, D) and dweight (D,). The groups depend on N alone
-and torch adds their sums, so the result is the same every time. float64, and rows longer than a program holds, take
-plain PyTorch.
+Shapes: dy and x (N, D), rstd (N,), weight (D,) or None, results dx (N, D) and dweight (D,). The groups depend on N
+alone and torch adds their sums, so the result is the same every time. float64, and rows longer than a program holds,
+take plain PyTorch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -109,7 +109,9 @@ def launch(
             BLOCK=block,
             num_warps=warps,
         )
-        dweight = x.new_empty(0) if sums is None else sums.sum(0).to(weight.dtype)  # (D,)
+        if weight is None or sums is None:
+            return dx, x.new_empty(0)
+        dweight = sums.sum(0).to(weight.dtype)  # (D,)
     return dx, dweight
 
 
