@@ -85,10 +85,11 @@ def norm_builds() -> list[Build]:
             block, warps = forward.tile(features, gpu.warp_size)
             pointers = dict.fromkeys(("x", "weight", "y", "dy", "dx"), f"*{dtype}") | {"rstd": "*fp32", "sums": "*fp32"}
             strides = dict.fromkeys(("stride_n", "stride_x_n", "stride_dy_n"), "i32")
-            types = {**pointers, **strides, "N": "i32", "D": "i32", "rows": "i32", "eps": "fp32"}
+            types = {**pointers, **strides, "N": "i32", "D": "i32", "rows": "i32"}
             ones = dict.fromkeys(("stride_d", "stride_x_d", "stride_dy_d", "stride_w", "stride_rstd"), 1)
             rounded = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
             flags = {"STYLE": style, "HAS_WEIGHT": True, "ROUNDED": rounded, "NEEDS_DWEIGHT": True, "BLOCK": block}
+            flags |= {"EPS": 1e-5, "WIDE": tl.float32, "PRODUCT": tl.float32}
             for kernel in (forward.forward_kernel, backward.backward_kernel):
                 names = set(kernel.arg_names)
                 builds.append(

@@ -1,8 +1,8 @@
 """Triton kernel of `rms_norm_backward`: each program takes a group of rows and sums their part of dweight.
 
 Shapes: dy and x (N, D), rstd (N,), weight (D,) or None, results dx (N, D) and dweight (D,). The groups depend on N
-alone and torch adds their sums, so the result is the same every time. float64, and rows longer than a program holds,
-take plain PyTorch.
+alone and torch adds their sums, so the result is the same every time. A program holds a whole row,
+up to 16,384 features in registers alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from ..rms_norm.style import Style
-from ..rms_norm.triton import served, tile
-from . import reference
+from ..rms_norm.triton import TRITON_DTYPES, tile
 
 MAX_GROUPS = 512
 ONE_PLUS = tl.constexpr(int(Style.ONE_PLUS))
@@ -41,6 +40,7 @@ def backward_kernel(
     STYLE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """dx of `rows` rows, and sums[group] = the sum over them of dy * xhat."""
@@ -48,15 +48,15 @@ def backward_kernel(
     d = tl.arange(0, BLOCK)
     inside = d < D
     wide_d = d.to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], WIDE)
     for r in range(group * rows, tl.minimum(group * rows + rows, N)):
         root = tl.load(rstd + r * stride_rstd)
-        xhat = tl.load(x + r * stride_x_n + wide_d * stride_x_d, mask=inside, other=0.0).to(tl.float32) * root
-        dxhat = tl.load(dy + r * stride_dy_n + wide_d * stride_dy_d, mask=inside, other=0.0).to(tl.float32)
+        xhat = tl.load(x + r * stride_x_n + wide_d * stride_x_d, mask=inside, other=0.0).to(WIDE) * root
+        dxhat = tl.load(dy + r * stride_dy_n + wide_d * stride_dy_d, mask=inside, other=0.0).to(WIDE)
         if NEEDS_DWEIGHT:
             total += dxhat * xhat
         if HAS_WEIGHT:
-            scale = tl.load(weight + d * stride_w, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(weight + d * stride_w, mask=inside, other=0.0).to(WIDE)
             dxhat *= scale + 1.0 if STYLE == ONE_PLUS else scale
         mean = tl.sum(dxhat * xhat) / D
         tl.store(dx + r * D + d, ((dxhat - xhat * mean) * root).to(dx.dtype.element_ty), mask=inside)
@@ -78,15 +78,15 @@ def launch(
     needs_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm_backward` on a GPU: dy, x (N, D), rstd (N,), weight (D,) or None -> dx (N, D), dweight (D,) or (0,)."""
-    if not served(x, dy, rstd, weight) or x.numel() == 0:
-        return reference.rms_norm_backward(dy, x, rstd, weight, style, needs_dweight)
     n, features = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return dx, weight.new_zeros(features) if weight is not None and needs_dweight else x.new_empty(0)
     rows = group_rows(n)
     groups = triton.cdiv(n, rows)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = None
     if weight is not None and needs_dweight:
-        sums = torch.empty((groups, features), dtype=torch.float32, device=x.device)
+        sums = torch.empty((groups, features), dtype=rstd.dtype, device=x.device)
     block, warps = tile(features)
     with torch.cuda.device_of(x):
         backward_kernel[(groups,)](
@@ -106,6 +106,7 @@ def launch(
             STYLE=style,
             HAS_WEIGHT=weight is not None,
             NEEDS_DWEIGHT=sums is not None,
+            WIDE=TRITON_DTYPES[rstd.dtype],
             BLOCK=block,
             num_warps=warps,
         )
@@ -123,11 +124,9 @@ def workspace_bytes(
     style: int,
     needs_dweight: bool,
 ) -> int:
-    """The groups' sums, and their sum where dweight is not float32."""
-    if not served(x, dy, rstd, weight) or x.numel() == 0:
-        return reference.workspace_bytes(dy, x, rstd, weight, style, needs_dweight)
-    if weight is None or not needs_dweight:
+    """The groups' sums, and their sum where dweight has another dtype."""
+    if weight is None or not needs_dweight or x.numel() == 0:
         return 0
     n, features = x.shape
     groups = triton.cdiv(n, group_rows(n))
-    return 4 * features * (groups + (weight.dtype != torch.float32))
+    return rstd.itemsize * features * (groups + (weight.dtype != rstd.dtype))

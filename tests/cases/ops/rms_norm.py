@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +21,13 @@ EPS = 1e-5
 
 
 def oracle(x: Tensor, weight: Tensor | None, eps: float, style: int, double: bool) -> tuple[Tensor, Tensor]:
-    """(N, D), (D,) -> (N, D), (N,) float64, rounded nowhere."""
-    rstd = (x.double().square().mean(-1) + eps) ** -0.5
-    scale = torch.ones(x.shape[1]) if weight is None else weight.double() + (style == Style.ONE_PLUS)
-    return x.double() * rstd[:, None] * scale, rstd
+    """(N, D), (D,) -> (N, D), (N,), in longdouble until the end: float64 itself is checked, too."""
+    wide = x.double().numpy().astype(np.longdouble)
+    rstd = 1 / np.sqrt((wide**2).mean(-1) + eps)
+    scale = 1 if weight is None else weight.double().numpy().astype(np.longdouble) + (style == Style.ONE_PLUS)
+    return torch.from_numpy((wide * rstd[:, None] * scale).astype(np.float64)), torch.from_numpy(
+        rstd.astype(np.float64)
+    )
 
 
 def plain(x: Tensor, weight: Tensor | None, eps: float, style: int, double: bool) -> tuple[Tensor, Tensor]:
