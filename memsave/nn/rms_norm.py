@@ -13,17 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from .. import ops
-from ..ops.rms_norm.style import Style
+from ..ops.rms_norm import reference
+from ..ops.rms_norm.style import Style, statistic_dtype
+from ..ops.rms_norm_backward import reference as backward_reference
 from .converted import original_class
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, style: Style, double: bool) -> tuple[Tensor, Tensor]:
     """y (..., D) and rstd (N,) of RMSNorm in the given style; see `ops.rms_norm`."""
-    rows = x.reshape(-1, x.shape[-1])  # (N, D)
-    y, rstd = ops.rms_norm(rows, weight, eps, style, double)
+    if is_traceable_wrapper_subclass(x):  # a DTensor knows torch's operators only; here rstd is (...)
+        eps = torch.finfo(statistic_dtype(x.dtype, double)).eps if eps is None else eps
+        return reference.rms_norm(x, weight, eps, style, double)
+    y, rstd = ops.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, style, double)
     # As `view`, but not a view for autograd, which would refuse to let anyone modify it in place.
     return torch.ops.aten._unsafe_view(y, x.shape), rstd
 
@@ -32,10 +36,14 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: Style, needs_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dx (..., D) and dweight (D,), or None where it is not needed; see `ops.rms_norm_backward`."""
-    dy_rows, rows = (t.reshape(-1, x.shape[-1]) for t in (dy, x))  # (N, D)
     needs_dweight = needs_dweight and weight is not None
-    dx, dweight = ops.rms_norm_backward(dy_rows, rows, rstd, weight, style, needs_dweight)
-    return dx.view(x.shape), dweight if needs_dweight else None
+    if is_traceable_wrapper_subclass(x):
+        dx, dweight = backward_reference.rms_norm_backward(dy, x, rstd, weight, style, needs_dweight)
+    else:
+        dy, rows = (t.reshape(-1, x.shape[-1]) for t in (dy, x))  # (N, D)
+        dx, dweight = ops.rms_norm_backward(dy, rows, rstd, weight, style, needs_dweight)
+        dx = dx.view(x.shape)
+    return dx, dweight if needs_dweight else None
 
 
 def eps_of(module: nn.Module) -> float | None:

@@ -13,14 +13,14 @@ from ..rms_norm.style import Style
 def rms_norm_backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: int, needs_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    rstd = rstd[:, None]  # (N, 1)
+    rstd = rstd.unsqueeze(-1)  # (N, 1)
     xhat = x.contiguous().to(rstd.dtype) * rstd  # (N, D)
     dy = dy.contiguous().to(rstd.dtype)
     dweight = x.new_empty(0)
     dxhat = dy
     if weight is not None:
         if needs_dweight:
-            dweight = (dy * xhat).sum(0).to(weight.dtype)  # (D,)
+            dweight = (dy * xhat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)  # (D,)
         scale = weight.to(rstd.dtype)
         dxhat = dy * (1.0 + scale if style == Style.ONE_PLUS else scale)
     dx = (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)).mul_(rstd)
