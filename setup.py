@@ -51,7 +51,6 @@ class WheelTag(bdist_wheel):
 
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 flags = WINDOWS_FLAGS if sys.platform == "win32" else UNIX_FLAGS
-library = Extension(
-    LIBRARY, sources, depends=["csrc/common.h"], language="c++", extra_compile_args=flags, optional=True
-)
+headers = sorted(str(path) for path in Path("csrc").glob("*.h"))
+library = Extension(LIBRARY, sources, depends=headers, language="c++", extra_compile_args=flags, optional=True)
 setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": WheelTag})

@@ -106,7 +106,7 @@ def test_the_table() -> None:
     lines = [line.split() for line in str(report).splitlines()]
     assert lines[0] == "memsave: 2 modules would be converted (dry run)".split()
     assert lines[1] == ["wta_crs", "{0-1}.q", "x2", "Linear", report.rows[0].backend, "unbiased", "gradient"]
-    assert lines[2] == ["recompute_norm", "{0-1}.norm", "x2", "RMSNorm", "torch", "exact,", "already"]
+    assert lines[2] == ["recompute_norm", "{0-1}.norm", "x2", "RMSNorm", report.already[0].backend, "exact,", "already"]
     assert lines[3] == "left as they are (share of the parameter bytes):".split()
     experts, embedding, keys = lines[4:]
     assert experts[:4] == [f"{64 / total:.1%}", "experts", "x1", "Module"]
@@ -131,7 +131,18 @@ def test_cells_line_up() -> None:
     report = memsave.convert_model(blocks())
     rows = [line for line in str(report).splitlines() if line.startswith("  recompute_norm")]
     assert len(rows) == 2
-    assert len({row.index("x") for row in rows}) == 1 and len({row.index("torch") for row in rows}) == 1
+    backends = [row.backend for row in report.rows]
+    assert len({row.index("x") for row in rows}) == 1
+    assert len({line.index(f" {backend} ") for line, backend in zip(rows, backends, strict=True)}) == 1
+
+
+def test_norms_name_the_kernels_that_serve_them() -> None:
+    with memsave.ops.use_reference():
+        report = memsave.convert_model(blocks(), dry_run=True)
+        assert {row.kind: row.backend for row in report.rows} == {"RMSNorm": "reference", "Linear": "torch"}
+    active = memsave.backends()["rms_norm"]["cpu"]["active"]
+    report = memsave.convert_model(blocks())
+    assert {row.kind: row.backend for row in report.rows} == {"RMSNorm": active, "Linear": "torch"}
 
 
 def test_json_holds_what_the_report_holds() -> None:

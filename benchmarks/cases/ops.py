@@ -14,10 +14,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memsave import ops
 from memsave.nn.rows import KeepRows
+from memsave.ops.rms_norm import Style
 from tests.harness import assert_same, assert_within_budget
 
 from .case import Case
@@ -83,6 +85,7 @@ def for_op(
     peers: Mapping[str, Callable[..., Any]],
     plain: Callable[..., Tensor] | None = None,
     kernels: bool = True,
+    check: Callable[..., None] | None = None,
     **fields: Any,
 ) -> OpCase:
     """A case of one op: plain PyTorch (its reference), memsave (the backend that is active) and peers.
@@ -92,6 +95,7 @@ def for_op(
         peers: what a user would write instead.
         plain: for an op that rounds, what it computes as one would write it: its error sets the budget, and in fp64 it
             is the truth. Without it, memsave must give the same bits as its reference.
+        check: in place of both.
     """
     function = getattr(ops, op)
     parameters = list(inspect.signature(function).parameters)
@@ -99,7 +103,7 @@ def for_op(
     def call(**inputs: Any) -> Any:
         return function(*(inputs[name] for name in parameters))
 
-    def check(**inputs: Any) -> None:
+    def same_result(**inputs: Any) -> None:
         if plain is not None:
             assert_within_budget(call(**inputs), plain(**in_fp64(inputs)), plain(**inputs))
             return
@@ -114,6 +118,7 @@ def for_op(
         *([Contender(name="memsave", call=call)] if kernels else []),
         *(Contender(name=name, call=peer) for name, peer in peers.items()),
     )
+    check = check or same_result
     return OpCase(name=f"op_{op}", contenders=contenders, check=check, devices=("cpu", "cuda"), **fields)
 
 
@@ -155,6 +160,40 @@ def rows_of(device: str, N: int, D: int, dtype: torch.dtype) -> Inputs:
     """x (N, D), rows (k,) and scale (k,)."""
     inputs = matrices(device, N=N, D=D, O=1, dtype=dtype)
     return {name: inputs[name] for name in ("x", "rows", "scale")}
+
+
+def norm_inputs(device: str, N: int, D: int, dtype: torch.dtype) -> Inputs:
+    """x and dy (N, D), weight (D,), and what a Llama's norm is called with."""
+    generator = _generator(device)
+    x, dy = (torch.randn(N, D, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    weight = torch.randn(D, generator=generator, device=device, dtype=dtype)
+    settings = {"eps": 1e-6, "style": int(Style.CAST_THEN_SCALE), "double": False, "needs_dweight": True}
+    rstd = ops.rms_norm(x, weight, 1e-6, Style.CAST_THEN_SCALE)[1]
+    return {"x": x, "dy": dy, "weight": weight, "rstd": rstd, **settings}
+
+
+def written_norm(x: Tensor, weight: Tensor, eps: float, **_: Any) -> Tensor:
+    """RMSNorm as models write it."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def functional_norm(x: Tensor, weight: Tensor, eps: float, **_: Any) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def check_norm(**inputs: Any) -> None:
+    """The output and both gradients within the error budget."""
+    names = ("x", "weight", "eps", "style", "double")
+    back = ("dy", "x", "rstd", "weight", "style", "needs_dweight")
+    found = ops.rms_norm(*map(inputs.get, names)), ops.rms_norm_backward(*map(inputs.get, back))
+    with ops.use_reference():
+        plain = ops.rms_norm(*map(inputs.get, names)), ops.rms_norm_backward(*map(inputs.get, back))
+        wide = in_fp64(inputs) | {"double": True}
+        exact = ops.rms_norm(*map(wide.get, names)), ops.rms_norm_backward(*map(wide.get, back))
+    for which in (0, 1):
+        for f, e, p in zip(found[which], exact[which], plain[which], strict=True):
+            assert_within_budget(f, e, p)
 
 
 def draw(x: Tensor, seed: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -208,6 +247,11 @@ _n, _nd, _ndo = sizes("N"), sizes("N", "D", "dtype"), sizes("N", "D", "O", "dtyp
 _ROWS = {"cpu": _n((4096,), (65536,)), "cuda": _n((16384,), (262144,))}
 _TINY_ROWS = {"sizes": {device: _n((256,)) for device in ("cpu", "cuda")}}
 _TINY_MATRICES = {"sizes": {device: _ndo((256, 32, 48, FP32)) for device in ("cpu", "cuda")}}
+_TINY_ND = {"sizes": {device: _nd((256, 48, FP32), (256, 48, BF16)) for device in ("cpu", "cuda")}}
+_NORM_SIZES = {
+    "cpu": _nd((1024, 256, FP32), (1024, 256, BF16), (4096, 2048, FP32), (4096, 2048, BF16)),
+    "cuda": _nd((16384, 2048, BF16), (16384, 2048, FP32), (16384, 8192, BF16)),
+}
 
 OP_CASES: tuple[OpCase, ...] = (
     OpCase(
@@ -252,7 +296,25 @@ OP_CASES: tuple[OpCase, ...] = (
             "cpu": _nd((4096, 1024, FP32), (4096, 4096, FP32), (4096, 4096, BF16), (65536, 1024, FP32)),
             "cuda": _nd((16384, 2048, BF16), (16384, 8192, BF16), (16384, 8192, FP32)),
         },
-        tiny={"sizes": {device: _nd((256, 48, FP32), (256, 48, BF16)) for device in ("cpu", "cuda")}},
+        tiny=_TINY_ND,
+    ),
+    for_op(
+        "rms_norm",
+        peers={"as models write it": written_norm, "torch's rms_norm": functional_norm},
+        title="RMSNorm as in a Llama",
+        inputs=norm_inputs,
+        check=check_norm,
+        sizes=_NORM_SIZES,
+        tiny=_TINY_ND,
+    ),
+    for_op(
+        "rms_norm_backward",
+        peers={},
+        title="the gradients of RMSNorm",
+        inputs=norm_inputs,
+        check=check_norm,
+        sizes=_NORM_SIZES,
+        tiny=_TINY_ND,
     ),
     for_op(
         "row_inclusion",

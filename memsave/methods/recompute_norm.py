@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from .. import ops
 from ..config import Guarantee, TargetedConfig
 from ..nn.converted import Converted, original_class, swap, unswap, why_not_back, why_not_in_place
 from ..nn.linear import ConvertedLinear, is_linear
@@ -64,6 +65,13 @@ class RecomputeNormConfig(TargetedConfig):
 
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
         return unswap(module, self.name)
+
+    def backend(self, module: nn.Module) -> str:
+        if not is_rms_norm(module):
+            return "torch"
+        devices = {p.device.type for p in module.parameters(recurse=False)}
+        served = {ops.backends()["rms_norm"].get(device, {}).get("active") for device in devices}
+        return served.pop() or "reference" if served else "reference"
 
 
 def _mixin(module: nn.Module) -> type[Converted]:

@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm that attach notes to what they return, so that the linears they feed keep nothing.
 
-x is (..., D), N rows; weight (D,); rstd (..., 1). Kept for backward: x, and rstd (RMSNorm) or mean and rstd
+x is (..., D), N rows; weight (D,); rstd (N,). Kept for backward: x, and rstd (RMSNorm) or mean and rstd
 (LayerNorm). Nothing is upcast. RMSNorm's mathematics is in `rms_norm.py`; LayerNorm (Ba et al. 2016, arXiv
 1607.06450) is torch's.
 """
@@ -34,7 +34,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
         with no_autocast(dy):
-            return (*rms_norm_backward(dy, x, rstd, weight, ctx.style), None, None, None)
+            dx, dweight = rms_norm_backward(dy, x, rstd, weight, ctx.style, ctx.needs_input_grad[1])
+        return dx, dweight, None, None, None
 
 
 class ConvertedRMSNorm(Converted):

@@ -1,66 +1,49 @@
-"""RMSNorm as plain functions, and recognizing which RMSNorm a module computes.
+"""RMSNorm on tensors of any shape, and recognizing which RMSNorm a module computes.
 
-x is (..., D), N rows; weight (D,); rstd (..., 1) = 1 / sqrt(mean(x^2) + eps), fp32 (fp64 for fp64); xhat = x * rstd.
-Zhang and Sennrich 2019, arXiv 1910.07467.
+x is (..., D), N rows; weight (D,); rstd (N,) = 1 / sqrt(mean(x^2) + eps), fp32 (fp64 for fp64). The mathematics is in
+`ops/rms_norm` and `ops/rms_norm_backward`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from enum import Enum
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
+from .. import ops
+from ..ops.rms_norm import reference
+from ..ops.rms_norm.style import Style, statistic_dtype
+from ..ops.rms_norm_backward import reference as backward_reference
 from .converted import original_class
 
 
-class Style(str, Enum):
-    """Where RMSNorms round to the input's dtype and how they apply the weight; xhat = x * rstd in fp32."""
-
-    CAST_THEN_SCALE = "weight * cast(xhat)"
-    CAST_TO_WEIGHT = "weight * xhat, cast to the weight's dtype if that is a half type"
-    SCALE_THEN_CAST = "cast(weight * xhat)"
-    ONE_PLUS = "cast((1 + weight) * xhat)"
-
-
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, style: Style, double: bool) -> tuple[Tensor, Tensor]:
-    """y (..., D) and rstd (..., 1) of RMSNorm in the given style.
-
-    Statistics are fp32, and fp64 for fp64 inputs where `double`; without eps it is the machine epsilon of their dtype.
-    """
-    wide = x.to(torch.float64 if double and x.dtype == torch.float64 else torch.float32)
-    eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    xhat = wide * rstd
-    if weight is None:
-        return xhat.to(x.dtype), rstd
-    if style is Style.CAST_THEN_SCALE:
-        return weight * xhat.to(x.dtype), rstd
-    if style is Style.CAST_TO_WEIGHT:
-        return weight * (xhat.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else xhat), rstd
-    scale = weight if style is Style.SCALE_THEN_CAST else 1.0 + weight.to(wide.dtype)
-    return (scale * xhat).to(x.dtype), rstd
+    """y (..., D) and rstd (N,) of RMSNorm in the given style; see `ops.rms_norm`."""
+    if is_traceable_wrapper_subclass(x):  # a DTensor knows torch's operators only; here rstd is (...)
+        eps = torch.finfo(statistic_dtype(x.dtype, double)).eps if eps is None else eps
+        return reference.rms_norm(x, weight, eps, style, double)
+    y, rstd = ops.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, style, double)
+    # As `view`, but not a view for autograd, which would refuse to let anyone modify it in place.
+    return torch.ops.aten._unsafe_view(y, x.shape), rstd
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: Style
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, style: Style, needs_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """dx (..., D) and dweight (D,) of RMSNorm."""
-    xhat = x.to(rstd.dtype) * rstd
-    dy = dy.to(rstd.dtype)
-    dweight = None
-    dxhat = dy
-    if weight is not None:
-        dweight = (dy * xhat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        scale = weight.to(rstd.dtype) + (1.0 if style is Style.ONE_PLUS else 0.0)
-        dxhat = dy * scale
-    dx = (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)).mul_(rstd)
-    return dx.to(x.dtype), dweight
+    """dx (..., D) and dweight (D,), or None where it is not needed; see `ops.rms_norm_backward`."""
+    needs_dweight = needs_dweight and weight is not None
+    if is_traceable_wrapper_subclass(x):
+        dx, dweight = backward_reference.rms_norm_backward(dy, x, rstd, weight, style, needs_dweight)
+    else:
+        dy, rows = (t.reshape(-1, x.shape[-1]) for t in (dy, x))  # (N, D)
+        dx, dweight = ops.rms_norm_backward(dy, rows, rstd, weight, style, needs_dweight)
+        dx = dx.view(x.shape)
+    return dx, dweight if needs_dweight else None
 
 
 def eps_of(module: nn.Module) -> float | None:

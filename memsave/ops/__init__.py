@@ -11,6 +11,8 @@ from .draw_rows import draw_rows
 from .draw_winners import draw_winners
 from .gather_rows import gather_rows
 from .new_seed import new_seed
+from .rms_norm import rms_norm
+from .rms_norm_backward import rms_norm_backward
 from .row_inclusion import row_inclusion
 from .sampled_matmul import sampled_matmul
 
@@ -21,6 +23,8 @@ __all__ = [
     "draw_winners",
     "gather_rows",
     "new_seed",
+    "rms_norm",
+    "rms_norm_backward",
     "row_inclusion",
     "sampled_matmul",
     "use_backend",

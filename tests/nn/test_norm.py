@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import memsave
 from memsave.nn.rms_norm import Style, rms_norm_style
@@ -264,3 +267,22 @@ def test_eps_and_weight_dtype_may_change_after_conversion() -> None:
     x = torch.randn(7, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     assert torch.equal(model[0](x), plain(x))
     assert_same(gradients(model[0], model[0], x), gradients(plain, plain, x), ulps=4)
+
+
+def test_a_dtensor_is_normalized_by_operators_that_it_knows() -> None:
+    """As sequence parallelism has it: a sharded input and a replicated weight."""
+    plain = make(HFStyleRMSNorm)
+    ours = converted(nn.Sequential(plain, nn.Linear(WIDTH, 4)))[0]
+    x = torch.randn(2, 3, WIDTH)
+    expected = gradients(plain, plain, x)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        ours.weight = nn.Parameter(distribute_tensor(ours.weight.detach(), mesh, [Replicate()]))
+        sharded = distribute_tensor(x, mesh, [Shard(1)]).requires_grad_(True)
+        y = ours(sharded)
+        upstream = torch.linspace(-1, 2, y.numel()).view(y.shape)
+        found = torch.autograd.grad(y, (sharded, ours.weight), distribute_tensor(upstream, mesh, [Shard(1)]))
+        assert_same([t.full_tensor() for t in found], expected, ulps=16)
+    finally:
+        dist.destroy_process_group()

@@ -25,6 +25,12 @@ MISTAKES = {
         "(1 << 30) + 1 + int32_t(share)",
         "signed integer",
     ),
+    "rms_norm": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
+    "rms_norm_backward": (
+        "return std::max<int64_t>(1, memsave",
+        "return std::min<int64_t>(1, memsave",
+        "heap-buffer-overflow",
+    ),
 }
 
 

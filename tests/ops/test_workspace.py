@@ -9,6 +9,7 @@ import torch
 
 from memsave import ops
 from memsave.ops import _native
+from memsave.ops.rms_norm import Style
 from tests.cases.ops.inputs import FLOATS, inclusion, log_normal, matrix, row_indices, scales, seed, short
 from tests.ops.allocations import peak_inside_bytes
 
@@ -33,7 +34,27 @@ def calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found
 
 
-CALLS = calls()
+def norm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every style, dtype and mixture of dtypes of RMSNorm, and its gradients with and without the weight's."""
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for dtype in FLOATS:
+        x, dy, double = matrix(400, 96, dtype), matrix(400, 96, dtype, value=5), dtype == torch.float64
+        rstd = torch.ones(400, dtype=torch.float64 if double else torch.float32)
+        for weight_dtype in (None, dtype, torch.float32):
+            weight = None if weight_dtype is None else torch.ones(96, dtype=weight_dtype)
+            for style in Style:
+                name = f"{style.name}-{short(dtype)}-{weight_dtype}"
+                found[f"rms_norm-{name}"] = "rms_norm", (x, weight, 1e-6, style, double)
+                for needed in (True, False):
+                    args = dy, x, rstd, weight, style, needed
+                    found[f"rms_norm_backward-{name}-{needed}"] = "rms_norm_backward", args
+        found[f"rms_norm-transposed-{short(dtype)}"] = "rms_norm", (x.t(), None, 1e-6, Style.ONE_PLUS, double)
+        transposed = dy.t(), x.t(), rstd[:96], None, Style.ONE_PLUS, False
+        found[f"rms_norm_backward-transposed-{short(dtype)}"] = "rms_norm_backward", transposed
+    return found
+
+
+CALLS = calls() | norm_calls()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

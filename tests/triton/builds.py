@@ -5,7 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .resources import Build
+import triton.language as tl
+
+from .resources import TARGETS, Build
 
 
 def kernels_of(op: str) -> Any:
@@ -74,4 +76,34 @@ def matmul_builds() -> list[Build]:
     return builds
 
 
-BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds()]
+def norm_builds() -> list[Build]:
+    """Short, usual and the longest rows, with as many warps as each GPU gets; each style, and what it rounds to."""
+    forward, backward = kernels_of("rms_norm"), kernels_of("rms_norm_backward")
+    builds = []
+    for target, (gpu, _) in TARGETS.items():
+        for style, (dtype, features) in enumerate([("fp16", 64), ("bf16", 2048), ("fp32", 16384), ("bf16", 16384)]):
+            block, warps = forward.tile(features, gpu.warp_size)
+            pointers = dict.fromkeys(("x", "weight", "y", "dy", "dx"), f"*{dtype}") | {"rstd": "*fp32", "sums": "*fp32"}
+            strides = dict.fromkeys(("stride_n", "stride_x_n", "stride_dy_n"), "i32")
+            types = {**pointers, **strides, "N": "i32", "D": "i32", "rows": "i32"}
+            ones = dict.fromkeys(("stride_d", "stride_x_d", "stride_dy_d", "stride_w", "stride_rstd"), 1)
+            rounded = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
+            flags = {"STYLE": style, "HAS_WEIGHT": True, "ROUNDED": rounded, "NEEDS_DWEIGHT": True, "BLOCK": block}
+            flags |= {"EPS": 1e-5, "WIDE": tl.float32, "PRODUCT": tl.float32}
+            for kernel in (forward.forward_kernel, backward.backward_kernel):
+                names = set(kernel.arg_names)
+                builds.append(
+                    Build(
+                        f"{kernel.fn.__name__}_{dtype}_{features}",
+                        kernel,
+                        {name: of for name, of in types.items() if name in names},
+                        {name: value for name, value in (ones | flags).items() if name in names},
+                        tuple(names & {"D", *strides}),
+                        {"num_warps": warps},
+                        (target,),
+                    )
+                )
+    return builds
+
+
+BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds(), *norm_builds()]

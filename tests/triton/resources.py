@@ -29,6 +29,7 @@ class Build:
         types: Triton type of each argument; pointers, and the names in `multiples`, are multiples of 16.
         constants: compile-time values, also the strides of 1.
         options: number of warps and stages.
+        targets: for which GPUs.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Build:
     constants: dict[str, Any]
     multiples: tuple[str, ...] = ()
     options: dict[str, int] = field(default_factory=dict)
+    targets: tuple[str, ...] = tuple(TARGETS)
 
     def compile(self, target: GPUTarget) -> Any:
         names = self.kernel.arg_names

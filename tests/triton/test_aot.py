@@ -25,8 +25,10 @@ from .resources import TARGETS, Build, excess  # noqa: E402
 PACKAGE = Path(memsave.__file__).parent
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+@pytest.mark.parametrize(
+    ("build", "target"),
+    [pytest.param(build, target, id=f"{build.name}-{target}") for build in BUILDS for target in build.targets],
+)
 def test_fits_the_gpu(build: Build, target: str, tmp_path: Path) -> None:
     assert excess(build, target, tmp_path) == []
 

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from tests.harness import OpCase, OpSpec
 
-from . import draw_rows, draw_winners, gather_rows, new_seed, row_inclusion, sampled_matmul
+from . import (
+    draw_rows,
+    draw_winners,
+    gather_rows,
+    new_seed,
+    rms_norm,
+    rms_norm_backward,
+    row_inclusion,
+    sampled_matmul,
+)
 
-_TABLES = (new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul)
+_TABLES = (new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, rms_norm, rms_norm_backward)
 
 SPECS: dict[str, OpSpec] = {table.SPEC.name: table.SPEC for table in _TABLES}
 CASES: list[OpCase] = [case for table in _TABLES for case in table.CASES]

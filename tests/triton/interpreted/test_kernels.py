@@ -109,6 +109,21 @@ MUTANTS = [
     ("draw_rows", "hits + before", "hits + 0 * before"),
     ("draw_rows", "0x7FFFFFFF", "0x3FFFFFFF"),
     ("draw_rows", "key, mask=i < N", "key"),
+    ("rms_norm", "inside = d < D", "inside = d < D - 1"),
+    ("rms_norm", "element_ty), mask=inside", "element_ty)"),
+    ("rms_norm", "tl.full([], EPS, WIDE)", "0.0"),
+    ("rms_norm", "/ D + ", "/ BLOCK + "),
+    ("rms_norm", "r * stride_n", "r * D"),
+    ("rms_norm", ".to(ROUNDED)", ".to(tl.float16)"),
+    ("rms_norm", "scale.to(WIDE) + 1.0 if", "scale if"),
+    ("rms_norm_backward", "inside = d < D", "inside = d < D - 1"),
+    ("rms_norm_backward", "group * rows + rows, N)", "group * rows + rows, N - 1)"),
+    ("rms_norm_backward", "group * rows + rows, N)", "group * rows + 1, N)"),
+    ("rms_norm_backward", "total += dxhat", "total = dxhat"),
+    ("rms_norm_backward", "scale + 1.0 if", "scale if"),
+    ("rms_norm_backward", "r * stride_dy_n", "r * D"),
+    ("rms_norm_backward", "total, mask=inside", "total"),
+    ("rms_norm_backward", "- xhat * mean", "- mean"),
 ]
 
 
