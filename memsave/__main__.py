@@ -94,10 +94,11 @@ def _device_text(device: dict[str, Any]) -> str:
 
 def _active_lines(backends: dict[str, dict[str, Any]]) -> list[str]:
     """One line per op: the backend that serves it on each device."""
-    lines = [f"{'op':<16}{'on cpu':<12}on cuda"]
+    width = max(map(len, backends))
+    lines = [f"{'op':<{width}} {'on cpu':<11} on cuda"]
     for op, devices in backends.items():
         cpu, cuda = (devices[device]["active"] or "none" for device in ("cpu", "cuda"))
-        lines.append(f"{op:<15} {cpu:<11} {cuda}")
+        lines.append(f"{op:<{width}} {cpu:<11} {cuda}")
     return lines
 
 
