@@ -24,7 +24,6 @@ import matplotlib.image
 import train_text
 from comparison import COLORS, Result, in_words, table
 
-import memsave
 from memsave.memory.profile import MemoryProfile, Timeline
 
 ROOT = Path(__file__).parents[2]
@@ -284,8 +283,5 @@ def test_the_readme_shows_a_committed_run() -> None:
     run = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "demo.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table([SimpleNamespace(**result) for result in run["results"]]) in readme  # type: ignore[misc]
-    model, tokens = train_text.build_model("small", 256, 0), torch.zeros(4, 256, dtype=torch.int64)
-    report = memsave.convert_model(model, batch={"input_ids": tokens, "labels": tokens})
-    assert str(dataclasses.replace(report, estimate=None)) in readme and str(report.estimate) in readme
     words = " ".join(readme.split())
     assert [sentence for sentence in run["in_words"] if sentence not in words] == []
