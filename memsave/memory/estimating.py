@@ -40,7 +40,7 @@ def estimate(
     The step is a steady one: no gradients at its start, optimizer states made by a step before, gradients dropped at
     its end. Nothing is allocated but Python objects, and `model`, its gradients, its mode and the random numbers of
     torch, numpy and Python stay as they are: a copy runs, whose tensors are fake. The prediction is what
-    `memsave.measure` gives for the same step on the same device and torch, within 1%.
+    `memsave.measure` gives for the same step on the same device and torch, within 1%; docs/estimate.md has exceptions.
 
     Args:
         model: converted or not, with PEFT adapters, frozen or tied parameters, or on the meta device; not wrapped (DDP,

@@ -20,7 +20,7 @@ def rms_norm_backward(
     dxhat = dy
     if weight is not None:
         if needs_dweight:
-            dweight = (dy * xhat).sum(0).to(weight.dtype)  # (D,)
+            dweight = (dy * xhat).reshape(x.shape[:-1].numel(), x.shape[-1]).sum(0).to(weight.dtype)  # (D,)
         scale = weight.to(rstd.dtype)
         dxhat = dy * (1.0 + scale if style == Style.ONE_PLUS else scale)
     dx = (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True)).mul_(rstd)
