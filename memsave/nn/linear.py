@@ -6,6 +6,7 @@ It has two parts, which methods set and which compose:
 - `keep`: how the input is kept for backward: itself | by the note that its maker attached (`note.py`), which is free |
   as sampled rows (`rows.py`: a `KeepRows`), themselves recomputed from the note where there is one;
 - `weight_grad`: "dense", or "rows" (estimated from the sampled rows). A frozen weight needs no input at all.
+A block that runs again in backward may also have its linears draw rows there (`backward_rows.py`).
 The output, the input's gradient and the bias's gradient are exact in every combination.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from . import note as notes
+from .backward_rows import BackwardDraw, draw_of
 from .converted import Converted, original_class
 from .eager import no_autocast, once_differentiable, only_input, plain, product_dtype
 from .grad_norms import GradNormCache, Visit, warn_of_compiler
@@ -89,21 +91,23 @@ class ConvertedLinear(Converted):
             settings = (keep.keep_ratio, keep.min_rows, keep.estimator, keep.grad_norms)
             return _sampled_linear(x, self.weight, self.bias, self._transposed, dtype, seed, *settings)
         note = notes.find(x)
+        draw = draw_of(self)  # type: ignore[arg-type]
         sample = None
         if keep is not None and seed is not None:
             sample = sample_of(id(self), x, keep, seed, dtype, noted=note is not None, visit=visit)
-        elif note is None:
-            return super().forward(x)  # type: ignore[misc]
-        else:
+        elif note is not None:
             note.recipe.readers += 1
+        elif draw is None:
+            return super().forward(x)  # type: ignore[misc]
         sampled = (sample.tensors if sample else None) or ()
-        kept = (*sampled, *(note.tensors if note else ()))
+        kept = (*sampled, *(note.tensors if note else () if sampled else (x.detach(),)))
         # The context holds no tensor of the sample or the note, so that hooks can take them over.
         shared = _Shared(
             len(sampled),
             note.recipe if note else None,
             weakref.ref(sample) if sample else None,
             sample.visit if sample else None,
+            None if sample else draw,
         )
         return _Linear.apply(x, self.weight, self.bias, self._transposed, dtype, shared, *kept)
 
@@ -158,12 +162,14 @@ class _Shared(NamedTuple):
     recipe: Recipe | None = None
     sample: weakref.ref[Sample] | None = None
     visit: Visit | None = None
+    draw: BackwardDraw | None = None
 
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + b; keeps the weight itself (autocast's copy is made again in backward) and what `forward` was given.
 
-    `kept` are first the sample's tensors (rows, scale, poison and, without a note, the kept rows), then the note's.
+    `kept` are first the sample's tensors (rows, scale, poison and, without a note, the kept rows), then the note's, or x
+    where there is neither.
     """
 
     @staticmethod
@@ -218,11 +224,12 @@ def _sampled_linear(
 
 def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[Tensor]) -> Tensor:
     """dW (O, D) from dy (N, O) and the tensors that were kept."""
-    num_sampled, recipe, sample, visit = shared
+    num_sampled, recipe, sample, visit, draw = shared
     sampled, noted = tensors[:num_sampled], tensors[num_sampled:]
-    if not sampled and recipe is not None:
-        x = recipe.output(noted).to(dtype)  # (..., D)
-        return dy.t() @ x.reshape(-1, x.shape[-1])
+    if not sampled:
+        x = (noted[0] if recipe is None else recipe.output(noted)).to(dtype)  # (..., D)
+        x = x.reshape(-1, x.shape[-1])  # (N, D)
+        return dy.t() @ x if draw is None else draw.weight_grad(dy, x)
     rows, scale, poisoned, *stored = sampled
     if sample is not None and (drawn := sample()) is not None:
         drawn.release()

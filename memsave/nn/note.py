@@ -68,6 +68,13 @@ class Recipe:
         ]
         return self.recompute(*picked)
 
+    def output_slice(self, tensors: Sequence[Tensor], rows: slice) -> Tensor:
+        """As `output_rows`, for rows in one piece: the tensors' own rows are views."""
+        picked = [
+            t.reshape(-1, t.shape[-1])[rows] if per_row else t for t, per_row in zip(tensors, self.per_row, strict=True)
+        ]
+        return self.recompute(*picked)
+
 
 class Note:
     """A recipe, and the tensors that it needs, for one tensor object.
