@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from ._backend import BackendError, use_backend, use_reference
 from ._library import backends, workspace_bytes
+from .activation import activation
+from .activation_backward import activation_backward
 from .draw_rows import draw_rows
 from .draw_winners import draw_winners
+from .gated_activation import gated_activation
+from .gated_activation_backward import gated_activation_backward
 from .gather_rows import gather_rows
 from .new_seed import new_seed
 from .rms_norm import rms_norm
@@ -18,9 +22,13 @@ from .sampled_matmul import sampled_matmul
 
 __all__ = [
     "BackendError",
+    "activation",
+    "activation_backward",
     "backends",
     "draw_rows",
     "draw_winners",
+    "gated_activation",
+    "gated_activation_backward",
     "gather_rows",
     "new_seed",
     "rms_norm",

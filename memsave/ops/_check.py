@@ -28,6 +28,18 @@ def length(name: str, tensor: Tensor, expected: int, of: str) -> None:
         raise ValueError(f"{name} must have one entry for each of the {expected} {of}; {_given(tensor)}.")
 
 
+def alike(**tensors: Tensor) -> None:
+    """All tensors have the shape, dtype and device of the first."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape != first.shape or tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{name} must have the shape and dtype of {first_name}, {tuple(first.shape)} and {first.dtype}; "
+                f"{_given(tensor)}."
+            )
+    same_device(**tensors)
+
+
 def same_device(**tensors: Tensor | None) -> None:
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
