@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar
@@ -165,6 +165,10 @@ class TargetedConfig(MethodConfig):
     def candidate(self, module: nn.Module) -> bool:
         """Whether `module` is of a kind that this method converts (judged by its class and structure alone)."""
         raise TypeError(f"{type(self).__name__} does not define candidate(module)")
+
+    def companions(self, module: nn.Module) -> Sequence[str]:
+        """Names, from `module` on, of modules within it that are converted with it, whether they are targets or not."""
+        return ()
 
 
 def applied_configs(module: nn.Module) -> dict[str, MethodConfig]:

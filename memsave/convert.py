@@ -284,11 +284,28 @@ def _select(config: TargetedConfig, modules: Sequence[Named], plan: _Plan) -> li
             continue
         hits.update(entries)
         selected.append((name, module))
+    selected += _companions(config, selected, modules)
     wanted = [""] if targets is None else entries_of(targets)
     missed = [missed_target(config, entry, refused.get(entry), modules) for entry in wanted if not hits[entry]]
     missed += missed_exclusions(config, modules)
     plan.problems += [NoMatchError(f"{message}. {_UNCHANGED}") for message in missed]
     return selected
+
+
+def _companions(
+    config: TargetedConfig, selected: Sequence[tuple[str, nn.Module]], modules: Sequence[Named]
+) -> list[tuple[str, nn.Module]]:
+    """What is converted with the selected modules and is not selected itself."""
+    first_names = {id(m.module): m.names[0] for m in modules}
+    chosen = {id(module) for _, module in selected}
+    found: dict[int, nn.Module] = {}
+    for _, module in selected:
+        for name in config.companions(module):
+            child = module.get_submodule(name)
+            excluded = config.exclude_modules is not None and matches(config.exclude_modules, first_names[id(child)])
+            if id(child) not in chosen and not excluded and config.why_not(child) is None:
+                found[id(child)] = child
+    return [(first_names[key], child) for key, child in found.items()]
 
 
 def _within(method: str, modules: Sequence[Named]) -> set[int]:

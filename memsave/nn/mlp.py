@@ -29,9 +29,9 @@ from .mlp_graph import MLPGraph, out_features
 from .recompute import Work, recomputed, run_in_chunks
 from .rows import KeepRows
 
-CHUNK_BYTES = {"cpu": 8 * 2**20}
+CHUNK_BYTES = {"cpu": 16 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 128 * 2**20
-"""How many bytes the (C, F) tensors of one chunk may take."""
+"""How many bytes the (C, F) tensors of one chunk may take, by type of device."""
 MIN_CHUNK_ROWS = 256
 """C is never below: a matrix product of fewer rows waits for its weight."""
 
@@ -136,15 +136,24 @@ class ConvertedMLP(Converted):
         return max(1, -(-num_rows // chunk_rows))
 
     def reference(self, x: Tensor) -> Tensor:
-        """The original forward."""
-        return super().forward(x)  # type: ignore[misc]
+        """The original forward; where rows are drawn in backward, the block as it is, in one piece and not run again."""
+        seed, trailing = self._new_seed(x), self._graph.trailing
+        if seed is None or not torch.is_grad_enabled():
+            return super().forward(x)  # type: ignore[misc]
+        y = self._block(x, seed)
+        return y if trailing is None else self._child(trailing)(y)
 
     def kept_bytes(self, input_shape: tuple[int, ...], dtype: torch.dtype, *, noted: bool = False) -> int:
-        """N * D elements of x, none with a note; "elementwise": N * F elements of gate and of up, or of pre; a seed."""
+        """Bytes that one training forward keeps, parameters and what dropout children keep not counted.
+
+        N * D elements of x, none with a note. "elementwise": N * F elements of gate and of up, or of pre. "all": a
+        seed of 8 bytes where rows are drawn, and the random state where a child draws numbers.
+        """
         num_rows = prod(input_shape[:-1])
         kept = 0 if noted else prod(input_shape) * dtype.itemsize
         if self._memsave_parts["recompute"] == "all":
-            return kept + (8 if self.training and "backward_rows" in self._memsave_parts else 0)  # type: ignore[attr-defined]
+            seed_bytes = 8 if self.training and "backward_rows" in self._memsave_parts else 0  # type: ignore[attr-defined]
+            return kept + seed_bytes + (0 if self._works_row_by_row() else torch.get_rng_state().nbytes)
         widths = (out_features(self._child(name)) for name in self._graph.linears)
         return kept + num_rows * sum(widths) * dtype.itemsize
 

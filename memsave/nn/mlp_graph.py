@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from ..ops.activation import Activation
-from .activation import activation_of, activation_of_function
+from .activation_kind import activation_of, activation_of_function
 from .converted import original_class
 from .linear import is_linear
 
@@ -72,6 +72,12 @@ def reads_like_linear(module: nn.Module) -> bool:
     return is_linear(module) or (isinstance(base, nn.Module) and is_linear(base))
 
 
+def in_features(linear: nn.Module) -> int:
+    """The width of what a linear, or an adapter around one, takes."""
+    linear = getattr(linear, "base_layer", linear)
+    return int(linear.in_features if isinstance(linear, nn.Linear) else linear.nx)  # type: ignore[arg-type]
+
+
 def out_features(linear: nn.Module) -> int:
     """The width of what a linear, or an adapter around one, gives."""
     linear = getattr(linear, "base_layer", linear)
@@ -86,7 +92,14 @@ def looks_like_mlp(module: nn.Module) -> bool:
     linears = [child for child in children if child is not None and reads_like_linear(child)]
     others = [child for child in children if child is not None and not reads_like_linear(child)]
     simple = all(isinstance(m, nn.Dropout) or activation_of(m) is not None for m in others)
-    return len(linears) in (2, 3) and simple and not module._parameters and not module._buffers
+    own = module._parameters or module._buffers
+    fits = len(linears) in (2, 3) and any(map(_feeds, linears[:-1], linears[1:]))
+    return fits and simple and not own and _required_inputs(original_class(module)) == 1
+
+
+def _feeds(first: nn.Module, second: nn.Module) -> bool:
+    """Whether `second` is as wide as what `first` gives, or as half of it."""
+    return in_features(second) in (out_features(first), out_features(first) / 2)
 
 
 def mlp_graph(module: nn.Module) -> MLPGraph:
@@ -99,12 +112,11 @@ def mlp_graph(module: nn.Module) -> MLPGraph:
     stand_in_class = type(cls.__name__, (cls,), {"forward": lambda self, x: cls.forward(self, x)})
     stand_in = stand_in_class.__new__(stand_in_class)
     stand_in.__dict__.update(module.__dict__)
-    if _required_inputs(cls) != 1:
-        raise NoMatch("its forward takes several inputs")
     try:
         graph = _ChildTracer().trace(stand_in)
     except Exception as error:  # whatever its forward does with a proxy
-        raise NoMatch(f"its forward cannot be traced ({type(error).__name__}: {error})") from None
+        what = str(error).partition(". ")[0]
+        raise NoMatch(f"its forward cannot be traced ({type(error).__name__}: {what})") from None
     return _Parser(graph, module).parse()
 
 
@@ -140,7 +152,8 @@ class _Parser:
         pre = [gate, *(factor for i, factor in enumerate(factors) if i != acts[0])]
         fused = len(pre) == 2 and self._is_call(pre[0], {operator.getitem})
         linears, gate_index = self._fused(pre, x) if fused else self._read(pre, x)
-        extra = [n for n in self.nodes[1:-1] if n not in self.used]
+        # A parameter that is only looked at, say for its dtype, leaves a node without users.
+        extra = [n for n in self.nodes[1:-1] if n not in self.used and (n.users or n.op != "get_attr")]
         if extra:
             raise NoMatch(f"its forward does more than a feed-forward block: {extra[0].format_node()}")
         return MLPGraph(linears, down, activation, gate_index, len(pre) == 2, fused, act, dropout, trailing)

@@ -1,6 +1,7 @@
 """The case table of the methods: every row drives `tests/test_methods.py`, and every method must have a row.
 
-x is (..., D) with N rows; linears map D = `WIDTH` to O = `OUT`. Modules are made from a fixed seed.
+x is (..., D) with N rows; linears map D = `WIDTH` to O = `OUT`, and
+feed-forward blocks have F = `HIDDEN` hidden units. Modules are made from a fixed seed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave import MethodConfig, RecomputeNormConfig, WTACRSConfig
+from memsave import MethodConfig, RecomputeMLPConfig, RecomputeNormConfig, WTACRSConfig
 
 from ..trees import HFRMSNorm
 
-WIDTH, OUT = 8, 6
+WIDTH, OUT, HIDDEN = 8, 6, 20
 SHAPE = (3, 40, WIDTH)
 
 
@@ -107,7 +108,45 @@ def sampled(**settings: Any) -> WTACRSConfig:
     return WTACRSConfig(**{"target_modules": r".*", "keep_ratio": 0.25, "min_rows": 1, **settings})
 
 
+class GatedMLP(nn.Module):
+    """Llama's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.up_proj = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FusedMLP(nn.Module):
+    """Phi-3's: gate and up are the halves of one linear's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(WIDTH, 2 * HIDDEN, bias=False)
+        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.activation_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+def plain_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
+
+
+def mlp(**settings: Any) -> RecomputeMLPConfig:
+    return RecomputeMLPConfig(target_modules=r"0", **settings)
+
+
 EXACT = (RecomputeNormConfig(),)
+ALL = (mlp(recompute="all"),)
+SAMPLED_ALL = (mlp(recompute="all", keep_ratio=0.25, min_rows=1),)
 BOTH = (RecomputeNormConfig(), sampled())
 
 CASES = [
@@ -123,6 +162,15 @@ CASES = [
     MethodCase("linear_without_bias", lambda: nn.Linear(WIDTH, OUT, bias=False), EXACT),
     MethodCase("conv1d", conv1d, EXACT),
     MethodCase("one_row", linear, EXACT, shape=(WIDTH,)),
+    MethodCase("gated", GatedMLP, (mlp(),)),
+    MethodCase("fused", FusedMLP, (mlp(),)),
+    MethodCase("plain", plain_mlp, (mlp(),)),
+    MethodCase("all_gated", GatedMLP, ALL),
+    MethodCase("all_fused", FusedMLP, ALL),
+    MethodCase("all_plain", plain_mlp, ALL),
+    MethodCase("sampled_gated", GatedMLP, SAMPLED_ALL, gradients="sampled"),
+    MethodCase("sampled_fused", FusedMLP, SAMPLED_ALL, gradients="sampled"),
+    MethodCase("sampled_plain", plain_mlp, SAMPLED_ALL, gradients="sampled"),
     MethodCase("pps", linear, (sampled(),), gradients="sampled"),
     MethodCase("wta_crs", linear, (sampled(estimator="wta_crs"),), gradients="sampled"),
     MethodCase("crs", linear, (sampled(estimator="crs"),), gradients="sampled"),
