@@ -48,6 +48,9 @@ class MethodConfig:
     changes_keys: ClassVar[bool] = False
     """Whether converted modules have other `state_dict` keys or shapes than plain ones: then `save_pretrained` of the
     model raises, and `memsave.save` and `memsave.load` keep it."""
+    replaces_itself: ClassVar[bool] = False
+    """Whether converting a module again with other settings of the method replaces the earlier ones: `convert` must
+    then work on a module that the method has converted. A call without configs leaves such a module as it is."""
     docs: ClassVar[str] = ""
 
     @property

@@ -72,7 +72,7 @@ def convert_model(
     """
     wanted = _as_configs(model, configs)
     modules = _names_by_module(model)
-    plan = _plan(model, wanted, modules)
+    plan = _plan(model, wanted, modules, defaults=configs is None)
     raise_all(plan.problems if configs is not None else _problems_of_defaults(plan, wanted, modules))
     kinds = {id(m.module): _kind(m.module) for m in modules}
     report = Report(
@@ -207,7 +207,9 @@ def _kind(module: nn.Module) -> str:
     return base_class(module).__name__
 
 
-def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: Sequence[Named]) -> _Plan:
+def _plan(
+    model: nn.Module, configs: Sequence[MethodConfig], modules: Sequence[Named], *, defaults: bool = False
+) -> _Plan:
     plan = _Plan()
     planned: dict[int, dict[str, MethodConfig]] = {id(m.module): applied_configs(m.module) for m in modules}
     conflicts: list[tuple[str, str]] = []
@@ -221,8 +223,9 @@ def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: Sequence[N
                 plan.problems.append(UnsupportedModelError(f"{config}: {reason}. {_UNCHANGED}"))
         for name, module in selected:
             present = planned[id(module)]
-            if present.get(config.name) == config:
-                plan.already.append(Change(name, module, config))
+            earlier = present.get(config.name)
+            if earlier == config or (earlier is not None and defaults and config.replaces_itself):
+                plan.already.append(Change(name, module, earlier))
             elif conflict := _conflict(config, present, module):
                 conflicts.append((conflict, name))
             else:
@@ -245,14 +248,15 @@ def _problems_of_defaults(plan: _Plan, configs: Sequence[MethodConfig], modules:
 
 def _conflict(config: MethodConfig, present: dict[str, MethodConfig], module: nn.Module) -> str | None:
     """Say why `config` cannot join the configs that `module` has or will have."""
-    if config.name in present:
+    earlier = present.get(config.name)
+    if earlier is not None and not (config.replaces_itself and earlier is applied_configs(module).get(config.name)):
         return (
-            f"{config} was asked for, but it is converted by {present[config.name]}; restore that one first: "
+            f"{config} was asked for, but it is converted by {earlier}; restore that one first: "
             f'memsave.restore_model(model, methods=["{config.name}"])'
         )
     mine = config.parts(module)
     for other in present.values():
-        theirs = other.parts(module)
+        theirs = {} if other is earlier else other.parts(module)
         if both := sorted(part for part in mine.keys() & theirs.keys() if mine[part] != theirs[part]):
             return f"{config} and {other} both set {', '.join(both)}, differently; leave one of them out"
     return None
@@ -358,8 +362,9 @@ def apply_changes(
             if old is not module and isinstance(config, TargetedConfig) and not config.candidate(old):
                 other = next(iter(applied_configs(old).values()), "another method")
                 raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
+            earlier = applied_configs(old).get(config.name)
             new = convert(change, old)
-            undo.append(lambda old=old, new=new, config=config: _put_back(model, new, old, config))  # type: ignore[misc]
+            undo.append(lambda old=old, new=new, c=config, e=earlier: _put_back(model, new, old, c, e))  # type: ignore[misc]
             if new is not old:
                 if config.scope == "model":
                     raise TypeError(f"{config}: a method of model scope must return the model itself")
@@ -374,8 +379,12 @@ def apply_changes(
         raise
 
 
-def _put_back(model: nn.Module, new: nn.Module, old: nn.Module, config: MethodConfig) -> None:
-    if new is old:
+def _put_back(
+    model: nn.Module, new: nn.Module, old: nn.Module, config: MethodConfig, earlier: MethodConfig | None
+) -> None:
+    if new is old and earlier is not None:
+        earlier.convert(new).__dict__["_memsave"][config.name] = earlier
+    elif new is old:
         config.restore(new, adapters="drop")
         _forget(new, config)
     else:

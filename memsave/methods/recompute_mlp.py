@@ -3,7 +3,8 @@
 "elementwise" recomputes the activation and the product, a pass over memory. "all" repeats the matrix products up to
 them, too: two of the nine of a gated block's step. With `keep_ratio` below 1 backward makes the three weight gradients
 from a part of the rows, drawn where |x| and |dy| are both known, which pays for that. Sources: activation
-checkpointing (Chen et al. 2016, arXiv 1604.06174); row sampling (Drineas et al. 2006; Liu et al. 2023, arXiv 2305.15265).
+checkpointing (Chen et al. 2016, arXiv 1604.06174); row sampling (Drineas et al. 2006; Liu et al. 2023, arXiv
+2305.15265).
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ class RecomputeMLPConfig(TargetedConfig):
         min_rows: never draw from fewer rows of a chunk than this.
 
     Raises:
-        ValueError: an unknown `recompute`, a ratio outside (0, 1], min_rows below 1, or a ratio below 1 without "all" or
-            without target_modules.
+        ValueError: an unknown `recompute`, a ratio outside (0, 1], min_rows below 1, or a ratio below 1 without "all"
+            or without target_modules.
     """
 
     name: ClassVar[str] = "recompute_mlp"
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     default: ClassVar[bool] = True
+    replaces_itself: ClassVar[bool] = True
     docs: ClassVar[str] = "docs/recompute_mlp.md"
 
     recompute: str = "elementwise"
@@ -72,6 +74,8 @@ class RecomputeMLPConfig(TargetedConfig):
         return looks_like_mlp(module)
 
     def companions(self, module: nn.Module) -> Sequence[str]:
+        if is_linear(module):
+            return ()
         graph = mlp_graph(module)
         return [name for name in (*graph.linears, graph.down) if is_linear(module.get_submodule(name))]
 

@@ -35,7 +35,7 @@ class BackwardDraw:
 
     @torch.no_grad()
     def expect(self, *dys: Tensor | None) -> None:
-        """Take the norms from the gradients that all of the readers will bring, each (..., O), instead of the first's."""
+        """Take the norms from the gradients (..., O) that all the readers will bring, instead of the first reader's."""
         norms = [_row_norms(dy.reshape(-1, dy.shape[-1])) for dy in dys if dy is not None]
         self._norms = torch.stack(norms).norm(dim=0) if norms else None  # (N,)
 

@@ -168,8 +168,8 @@ class _Shared(NamedTuple):
 class _Linear(torch.autograd.Function):
     """y = x W^T + b; keeps the weight itself (autocast's copy is made again in backward) and what `forward` was given.
 
-    `kept` are first the sample's tensors (rows, scale, poison and, without a note, the kept rows), then the note's, or x
-    where there is neither.
+    `kept` are first the sample's tensors (rows, scale, poison and, without a note, the kept rows), then the note's, or
+    x where there is neither.
     """
 
     @staticmethod

@@ -136,7 +136,7 @@ class ConvertedMLP(Converted):
         return max(1, -(-num_rows // chunk_rows))
 
     def reference(self, x: Tensor) -> Tensor:
-        """The original forward; where rows are drawn in backward, the block as it is, in one piece and not run again."""
+        """The original forward; where rows are drawn in backward, the block in one piece and not run again."""
         seed, trailing = self._new_seed(x), self._graph.trailing
         if seed is None or not torch.is_grad_enabled():
             return super().forward(x)  # type: ignore[misc]
@@ -165,7 +165,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _works_row_by_row(linear: nn.Module) -> bool:
-    """Whether `linear` may be given some of the rows at a time: no adapter, no hook and no sampled rows see the rest."""
+    """Whether `linear` may be given some rows at a time: there is no adapter, hook or sample that sees all of them."""
     parts = linear.__dict__.get("_memsave_parts", {})
     return is_linear(linear) and not _has_hooks(linear) and "keep" not in parts
 

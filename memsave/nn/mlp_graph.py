@@ -122,7 +122,9 @@ def mlp_graph(module: nn.Module) -> MLPGraph:
 
 def _required_inputs(cls: type[nn.Module]) -> int:
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
-    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     return len(required)
 
 

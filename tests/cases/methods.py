@@ -32,6 +32,7 @@ class MethodCase:
         shape: of the input.
         gradients: "exact", or "sampled" where the weight's gradient is an estimate.
         precision: the widest dtype that the plain module computes in.
+        plain_when_compiled: whether a compiler gets the plain module, with exact gradients.
     """
 
     name: str
@@ -40,6 +41,7 @@ class MethodCase:
     shape: tuple[int, ...] = SHAPE
     gradients: str = "exact"
     precision: torch.dtype = torch.float64
+    plain_when_compiled: bool = False
 
     @property
     def id(self) -> str:
@@ -168,9 +170,9 @@ CASES = [
     MethodCase("all_gated", GatedMLP, ALL),
     MethodCase("all_fused", FusedMLP, ALL),
     MethodCase("all_plain", plain_mlp, ALL),
-    MethodCase("sampled_gated", GatedMLP, SAMPLED_ALL, gradients="sampled"),
-    MethodCase("sampled_fused", FusedMLP, SAMPLED_ALL, gradients="sampled"),
-    MethodCase("sampled_plain", plain_mlp, SAMPLED_ALL, gradients="sampled"),
+    MethodCase("sampled_gated", GatedMLP, SAMPLED_ALL, gradients="sampled", plain_when_compiled=True),
+    MethodCase("sampled_fused", FusedMLP, SAMPLED_ALL, gradients="sampled", plain_when_compiled=True),
+    MethodCase("sampled_plain", plain_mlp, SAMPLED_ALL, gradients="sampled", plain_when_compiled=True),
     MethodCase("pps", linear, (sampled(),), gradients="sampled"),
     MethodCase("wta_crs", linear, (sampled(estimator="wta_crs"),), gradients="sampled"),
     MethodCase("crs", linear, (sampled(estimator="crs"),), gradients="sampled"),
