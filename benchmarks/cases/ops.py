@@ -22,6 +22,14 @@ from memsave.nn.rows import KeepRows
 from memsave.ops.rms_norm import Style
 from tests.harness import assert_same, assert_within_budget
 
+from .activations import (
+    activation_inputs,
+    check_activations,
+    kept_backward,
+    torchs_activation,
+    torchs_backward,
+)
+from .activations import written_product as written_gated
 from .case import Case
 
 KEEP_RATIO = 0.3
@@ -252,6 +260,16 @@ _NORM_SIZES = {
     "cpu": _nd((1024, 256, FP32), (1024, 256, BF16), (4096, 2048, FP32), (4096, 2048, BF16)),
     "cuda": _nd((16384, 2048, BF16), (16384, 2048, FP32), (16384, 8192, BF16)),
 }
+_nda = sizes("N", "D", "dtype", "activation")
+_ACTIVATION = {
+    "inputs": activation_inputs,
+    "check": check_activations,
+    "sizes": {
+        "cpu": _nda(*((4096, 2816, dtype, name) for dtype in (FP32, BF16) for name in ("silu", "gelu_tanh"))),
+        "cuda": _nda((16384, 8192, BF16, "silu"), (16384, 8192, FP32, "silu"), (16384, 8192, BF16, "gelu_tanh")),
+    },
+    "tiny": {"sizes": {device: _nda((256, 48, FP32, "silu")) for device in ("cpu", "cuda")}},
+}
 
 OP_CASES: tuple[OpCase, ...] = (
     OpCase(
@@ -315,6 +333,30 @@ OP_CASES: tuple[OpCase, ...] = (
         check=check_norm,
         sizes=_NORM_SIZES,
         tiny=_TINY_ND,
+    ),
+    for_op(
+        "activation",
+        peers={"torch's own": torchs_activation},
+        title="an activation function",
+        **_ACTIVATION,
+    ),
+    for_op(
+        "activation_backward",
+        peers={"torch's own": torchs_backward},
+        title="the gradient of an activation function",
+        **_ACTIVATION,
+    ),
+    for_op(
+        "gated_activation",
+        peers={"as models write it": written_gated},
+        title="the product in a gated MLP",
+        **_ACTIVATION,
+    ),
+    for_op(
+        "gated_activation_backward",
+        peers={"act(gate) kept": kept_backward},
+        title="the gradients of that product; the peer is what autograd does, which keeps act(gate)",
+        **_ACTIVATION,
     ),
     for_op(
         "row_inclusion",

@@ -18,6 +18,7 @@ from . import models
 from .case import Case, short
 from .models import WIDTH, direct, from_embeddings
 from .variants import (
+    ACTIVATIONS,
     CHECKPOINT,
     CHECKPOINT_BLOCKS,
     EXACT,
@@ -122,6 +123,23 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         model=models.bert,
         forward=from_embeddings,
         variants=_RECOMPUTE,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="recompute_activation_mlp",
+        method="recompute_activation",
+        title="linears and GELUs without norms, fp32",
+        model=models.mlp,
+        forward=direct,
+        variants=(PLAIN, CHECKPOINT_BLOCKS, ACTIVATIONS),
+    ),
+    TrainingCase(
+        name="recompute_activation_bert",
+        method="recompute_activation",
+        title="BERT blocks with gelu_new, a composite of eight operators, fp32",
+        model=partial(models.bert, hidden_act="gelu_new"),
+        forward=from_embeddings,
+        variants=(PLAIN, CHECKPOINT, SELECTIVE, ACTIVATIONS, EXACT),
         tiny=_TINY,
     ),
     TrainingCase(

@@ -24,8 +24,8 @@ from ..ops.activation import Activation
 class RecomputeActivationConfig(TargetedConfig):
     """Activation functions whose outputs are recomputed in backward, and linears that take advantage of it.
 
-    Applies to every module that computes SiLU, GELU (exact, by tanh, or quick), squared ReLU or Mish, whatever its class,
-    and to `nn.Linear` and `Conv1D`. A ReLU is left alone: torch keeps its output, which the next linear keeps, too.
+    Applies to every module that computes SiLU, GELU (exact, by tanh, or quick), squared ReLU or Mish, whatever its
+    class, and to `nn.Linear` and `Conv1D`. A ReLU is left alone: torch keeps its output, as does the next linear.
     """
 
     name: ClassVar[str] = "recompute_activation"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave import MethodConfig, RecomputeMLPConfig, RecomputeNormConfig, WTACRSConfig
+from memsave import MethodConfig, RecomputeActivationConfig, RecomputeMLPConfig, RecomputeNormConfig, WTACRSConfig
 
 from ..trees import HFRMSNorm
 
@@ -96,6 +96,17 @@ def conv1d() -> nn.Module:
     return Conv1D(OUT, WIDTH)
 
 
+def by_name(name: str) -> Callable[[], nn.Module]:
+    """An activation function of transformers."""
+
+    def make() -> nn.Module:
+        from transformers.activations import ACT2FN
+
+        return ACT2FN[name]
+
+    return make
+
+
 def linear() -> nn.Module:
     return nn.Linear(WIDTH, OUT)
 
@@ -150,6 +161,7 @@ EXACT = (RecomputeNormConfig(),)
 ALL = (mlp(recompute="all"),)
 SAMPLED_ALL = (mlp(recompute="all", keep_ratio=0.25, min_rows=1),)
 BOTH = (RecomputeNormConfig(), sampled())
+ACTIVATION = (RecomputeActivationConfig(),)
 
 CASES = [
     MethodCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT),
@@ -189,6 +201,16 @@ CASES = [
     MethodCase("ratio_one", linear, (sampled(keep_ratio=1),)),
     MethodCase("frozen", frozen, (sampled(),)),
     MethodCase("linear", linear, BOTH, gradients="sampled"),
+    MethodCase("gelu", nn.GELU, ACTIVATION),
+    MethodCase("gelu_tanh", lambda: nn.GELU(approximate="tanh"), ACTIVATION),
+    MethodCase("silu", nn.SiLU, ACTIVATION),
+    MethodCase("mish", nn.Mish, ACTIVATION),
+    MethodCase("gelu_new", by_name("gelu_new"), ACTIVATION),
+    MethodCase("quick_gelu", by_name("quick_gelu"), ACTIVATION),
+    MethodCase("relu_squared", by_name("relu2"), ACTIVATION),
+    MethodCase("one_row", nn.GELU, ACTIVATION, shape=(WIDTH,)),
+    MethodCase("linear", linear, ACTIVATION),
+    MethodCase("conv1d", conv1d, ACTIVATION),
 ]
 
 NOTED_CASES = [
@@ -202,4 +224,9 @@ NOTED_CASES = [
     NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1),
     NotedCase("layer_norm", lambda: nn.LayerNorm(WIDTH), BOTH, copies=2),
     NotedCase("three_linears", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1, linears=(linear, linear, linear)),
+    NotedCase("gelu", nn.GELU, ACTIVATION, copies=0),
+    NotedCase("silu", nn.SiLU, ACTIVATION, copies=0, linears=(linear, linear)),
+    NotedCase("gelu_new_conv1d", by_name("gelu_new"), ACTIVATION, copies=0, linears=(conv1d,)),
+    NotedCase("relu_squared", by_name("relu2"), ACTIVATION, copies=0),
+    NotedCase("gelu", nn.GELU, (*ACTIVATION, sampled()), copies=0),
 ]

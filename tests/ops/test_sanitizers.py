@@ -18,6 +18,14 @@ CSRC = ROOT / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 # One mistake in each kernel: op, source, what is right, what is wrong, and what the sanitizer says.
 MISTAKES = {
+    "activation": ("job.pieces.size(piece);", "kBlock;", "heap-buffer-overflow"),
+    "activation_backward": ("j < n; ++j", "j <= n; ++j", "heap-buffer-overflow"),
+    "gated_activation": (
+        "job.pieces.read(job.up, piece,",
+        "job.pieces.read(job.up, piece + 1,",
+        "heap-buffer-overflow",
+    ),
+    "gated_activation_backward": ("job.pieces.size(piece);", "kBlock;", "heap-buffer-overflow"),
     "gather_rows": ("r < end; ++r", "r <= end; ++r", "heap-buffer-overflow"),
     "draw_rows": ("row < n && found < k", "row < n", "heap-buffer-overflow"),
     "row_inclusion": (

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import cycle
 from typing import Any
 
 import triton.language as tl
+
+from memsave.ops.activation import Activation
 
 from .resources import TARGETS, Build
 
@@ -106,4 +109,30 @@ def norm_builds() -> list[Build]:
     return builds
 
 
-BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds(), *norm_builds()]
+def activation_builds() -> list[Build]:
+    """Every function, the types in turn, in a narrow tile and the widest."""
+    forward, backward = kernels_of("gated_activation"), kernels_of("gated_activation_backward")
+    builds = []
+    for kind, dtype in zip(Activation, cycle(("bf16", "fp16", "fp32", "fp64"))):
+        for features in (64, 8192):
+            pointers = dict.fromkeys(("gate", "up", "h", "dh", "dgate", "dup"), f"*{dtype}")
+            strides = dict.fromkeys(("stride_gate_n", "stride_up_n", "stride_dh_n"), "i32")
+            types = {**pointers, **strides, "F": "i32"}
+            constants = dict.fromkeys(("stride_gate_f", "stride_up_f", "stride_dh_f"), 1)
+            wide = tl.float64 if dtype == "fp64" else tl.float32
+            constants |= {"KIND": int(kind), "WIDE": wide, "BLOCK": forward.tile(features)}
+            for kernel in (forward.product_kernel, backward.gradients_kernel):
+                names = set(kernel.arg_names)
+                builds.append(
+                    Build(
+                        f"{kernel.fn.__name__}_{kind.name.lower()}_{dtype}_{features}",
+                        kernel,
+                        {name: of for name, of in types.items() if name in names},
+                        {name: value for name, value in constants.items() if name in names},
+                        tuple(names & {"F", *strides}),
+                    )
+                )
+    return builds
+
+
+BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds(), *norm_builds(), *activation_builds()]

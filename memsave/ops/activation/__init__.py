@@ -18,6 +18,7 @@ _op = register(
     "activation(Tensor x, int kind) -> Tensor",
     fake=lambda x, kind: x.new_empty(x.shape),
     reference=reference,
+    kernels=("native",),
 )
 
 

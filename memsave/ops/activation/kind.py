@@ -1,4 +1,4 @@
-"""The activation functions that memsave knows: all are functions of one number, kept in backward as their input alone."""
+"""The activation functions that memsave knows: functions of one number, of which backward needs the input alone."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ _op = register(
     "gated_activation(Tensor gate, Tensor up, int kind) -> Tensor",
     fake=lambda gate, up, kind: gate.new_empty(gate.shape),
     reference=reference,
+    kernels=("native", "triton"),
 )
 
 

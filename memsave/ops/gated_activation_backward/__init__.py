@@ -16,6 +16,7 @@ _op = register(
     "gated_activation_backward(Tensor dh, Tensor gate, Tensor up, int kind) -> (Tensor, Tensor)",
     fake=lambda dh, gate, up, kind: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
     reference=reference,
+    kernels=("native", "triton"),
 )
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 from tests.harness import OpCase, OpSpec
 
 from . import (
+    activation,
+    activation_backward,
     draw_rows,
     draw_winners,
+    gated_activation,
+    gated_activation_backward,
     gather_rows,
     new_seed,
     rms_norm,
@@ -18,7 +22,10 @@ from . import (
     sampled_matmul,
 )
 
-_TABLES = (new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, rms_norm, rms_norm_backward)
+_TABLES = (
+    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, rms_norm, rms_norm_backward),
+    *(activation, activation_backward, gated_activation, gated_activation_backward),
+)
 
 SPECS: dict[str, OpSpec] = {table.SPEC.name: table.SPEC for table in _TABLES}
 CASES: list[OpCase] = [case for table in _TABLES for case in table.CASES]

@@ -85,6 +85,19 @@ def test_row_words_are_those_of_pytorch(seed: int, stream: int) -> None:
 
 # op, what is right, what is wrong. Those that reach outside of their tensors stay within the guards of the harness.
 MUTANTS = [
+    ("gated_activation", "inside = f < F", "inside = f < F - 1"),
+    ("gated_activation", "element_ty), mask=inside", "element_ty)"),
+    ("gated_activation", "n * stride_gate_n", "n * F"),
+    ("gated_activation", "f * stride_up_f", "f"),
+    ("gated_activation", "y.to(h.dtype.element_ty)", "y.to(tl.float16)"),
+    ("gated_activation", "rounded * factor", "rounded"),
+    ("gated_activation_backward", "inside = f < F", "inside = f < F - 1"),
+    ("gated_activation_backward", "dx.to(dgate.dtype.element_ty), mask=inside", "dx.to(dgate.dtype.element_ty)"),
+    ("gated_activation_backward", "(upstream * y).to(dup.dtype.element_ty), mask=inside", "upstream * y"),
+    ("gated_activation_backward", "n * stride_dh_n", "n * F"),
+    ("gated_activation_backward", "f * stride_gate_f", "f"),
+    ("gated_activation_backward", "upstream * factor * slope", "upstream * slope"),
+    ("gated_activation_backward", "upstream * y", "y"),
     ("gather_rows", "r < K)[:, None]", "r < K - 1)[:, None]"),
     ("gather_rows", "(d < D)[None, :]", "(d < D - 1)[None, :]"),
     ("gather_rows", "values.to(out.dtype.element_ty), mask=inside", "values.to(out.dtype.element_ty)"),
