@@ -14,6 +14,8 @@ from .draw_winners import draw_winners
 from .gated_activation import gated_activation
 from .gated_activation_backward import gated_activation_backward
 from .gather_rows import gather_rows
+from .layer_norm import layer_norm
+from .layer_norm_backward import layer_norm_backward
 from .new_seed import new_seed
 from .rms_norm import rms_norm
 from .rms_norm_backward import rms_norm_backward
@@ -30,6 +32,8 @@ __all__ = [
     "gated_activation",
     "gated_activation_backward",
     "gather_rows",
+    "layer_norm",
+    "layer_norm_backward",
     "new_seed",
     "rms_norm",
     "rms_norm_backward",

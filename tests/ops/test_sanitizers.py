@@ -34,11 +34,8 @@ MISTAKES = {
         "signed integer",
     ),
     "rms_norm": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
-    "rms_norm_backward": (
-        "return std::max<int64_t>(1, memsave",
-        "return std::min<int64_t>(1, memsave",
-        "heap-buffer-overflow",
-    ),
+    "rms_norm_backward": ("columns, 1, element_bytes", "columns, 0, element_bytes", "heap-buffer-overflow"),
+    "layer_norm_backward": ("columns, 2, 4)", "columns, 1, 4)", "heap-buffer-overflow"),
 }
 
 

@@ -81,23 +81,27 @@ def matmul_builds() -> list[Build]:
 
 def norm_builds() -> list[Build]:
     """Short, usual and the longest rows, with as many warps as each GPU gets; each style, and what it rounds to."""
-    forward, backward = kernels_of("rms_norm"), kernels_of("rms_norm_backward")
+    backward = kernels_of("rms_norm_backward")
+    kernels = [kernels_of("rms_norm").forward_kernel, backward.backward_kernel]
+    kernels += [kernels_of("layer_norm").forward_kernel, kernels_of("layer_norm_backward").backward_kernel]
     builds = []
     for target, (gpu, _) in TARGETS.items():
         for style, (dtype, features) in enumerate([("fp16", 64), ("bf16", 2048), ("fp32", 16384), ("bf16", 16384)]):
-            block, warps = forward.tile(features, gpu.warp_size)
-            pointers = dict.fromkeys(("x", "weight", "y", "dy", "dx"), f"*{dtype}") | {"rstd": "*fp32", "sums": "*fp32"}
+            block, warps = kernels_of("rms_norm").tile(features, gpu.warp_size)
+            pointers = dict.fromkeys(("x", "weight", "bias", "y", "dy", "dx"), f"*{dtype}")
+            pointers |= dict.fromkeys(("rstd", "sums"), "*fp32")
             strides = dict.fromkeys(("stride_n", "stride_x_n", "stride_dy_n"), "i32")
             types = {**pointers, **strides, "N": "i32", "D": "i32", "rows": "i32"}
-            ones = dict.fromkeys(("stride_d", "stride_x_d", "stride_dy_d", "stride_w", "stride_rstd"), 1)
+            ones = dict.fromkeys(("stride_d", "stride_x_d", "stride_dy_d", "stride_w", "stride_b", "stride_rstd"), 1)
             rounded = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
-            flags = {"STYLE": style, "HAS_WEIGHT": True, "ROUNDED": rounded, "NEEDS_DWEIGHT": True, "BLOCK": block}
+            flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "NEEDS_DWEIGHT", "NEEDS_SUMS"), True)
+            flags |= {"STYLE": style, "ROUNDED": rounded, "BLOCK": block, "FLUSH": backward.FLUSH_ROWS}
             flags |= {"EPS": 1e-5, "WIDE": tl.float32, "PRODUCT": tl.float32}
-            for kernel in (forward.forward_kernel, backward.backward_kernel):
+            for kernel in kernels:
                 names = set(kernel.arg_names)
                 builds.append(
                     Build(
-                        f"{kernel.fn.__name__}_{dtype}_{features}",
+                        f"{kernel.fn.__module__.split('.')[-2]}_{dtype}_{features}",
                         kernel,
                         {name: of for name, of in types.items() if name in names},
                         {name: value for name, value in (ones | flags).items() if name in names},

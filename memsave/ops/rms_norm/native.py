@@ -41,7 +41,7 @@ def widens_evenly(wide: torch.dtype, *tensors: Tensor | None) -> bool:
     return dtypes <= {torch.float64} if wide == torch.float64 else torch.float64 not in dtypes
 
 
-def scale_of(weight: Tensor | None, wide: torch.dtype, style: int) -> Tensor | None:
+def scale_of(weight: Tensor | None, wide: torch.dtype, style: int = Style.CAST_THEN_SCALE) -> Tensor | None:
     """(D,) contiguous: what xhat is multiplied by."""
     if weight is None:
         return None
@@ -50,7 +50,7 @@ def scale_of(weight: Tensor | None, wide: torch.dtype, style: int) -> Tensor | N
     return scale.add_(1.0) if one_plus else scale
 
 
-def scale_bytes(weight: Tensor | None, wide: torch.dtype, style: int) -> int:
+def scale_bytes(weight: Tensor | None, wide: torch.dtype, style: int = Style.CAST_THEN_SCALE) -> int:
     """What `scale_of` allocates."""
     if weight is None or (weight.dtype == wide and weight.is_contiguous() and style != Style.ONE_PLUS):
         return 0

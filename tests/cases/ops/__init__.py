@@ -15,6 +15,8 @@ from . import (
     gated_activation,
     gated_activation_backward,
     gather_rows,
+    layer_norm,
+    layer_norm_backward,
     new_seed,
     rms_norm,
     rms_norm_backward,
@@ -23,7 +25,8 @@ from . import (
 )
 
 _TABLES = (
-    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, rms_norm, rms_norm_backward),
+    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul),
+    *(rms_norm, rms_norm_backward, layer_norm, layer_norm_backward),
     *(activation, activation_backward, gated_activation, gated_activation_backward),
 )
 
