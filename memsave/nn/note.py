@@ -5,7 +5,7 @@ that made it. A linear that receives y saves the note's tensors instead of y: th
 backward the note recomputes y once for all the linears that read it.
 
 Notes chain: a module that maps a noted tensor to a new one may attach a note that is made of the first one's (see
-`source`). So of fc1 -> activation -> dropout -> fc2 the activation's input and the dropout's mask are kept, nothing else.
+`source`). So of fc1 -> activation -> dropout -> fc2 only the activation's input and the dropout's mask are kept.
 
 A note is used only where that is certainly the same: y and the note's tensors were not modified since, and the
 saved-tensors hook on top (activation checkpointing, `save_on_cpu`) is the one under which the note was made. A view

@@ -10,7 +10,9 @@ from ._library import backends, workspace_bytes
 from .draw_rows import draw_rows
 from .draw_winners import draw_winners
 from .gather_rows import gather_rows
+from .masked_scale import masked_scale
 from .new_seed import new_seed
+from .pack_bits import pack_bits
 from .rms_norm import rms_norm
 from .rms_norm_backward import rms_norm_backward
 from .row_inclusion import row_inclusion
@@ -22,7 +24,9 @@ __all__ = [
     "draw_rows",
     "draw_winners",
     "gather_rows",
+    "masked_scale",
     "new_seed",
+    "pack_bits",
     "rms_norm",
     "rms_norm_backward",
     "row_inclusion",

@@ -15,7 +15,12 @@ import memsave
 from memsave.nn import note
 
 from .helpers import Block, HFStyleRMSNorm, assert_same, converted, gradients
-from .test_note import NORMS, RUNS, WIDTH, recomputations, x  # noqa: F401  (x is a fixture)
+from .test_note import NORMS, RUNS, WIDTH, recomputations
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 class Negative(nn.Module):
@@ -47,7 +52,7 @@ def blocks(norm: type[nn.Module] = nn.RMSNorm, length: int = 3) -> tuple[Block, 
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_gradients_are_those_of_the_plain_modules(norm: type[nn.Module], run: str, x: Tensor) -> None:  # noqa: F811
+def test_gradients_are_those_of_the_plain_modules(norm: type[nn.Module], run: str, x: Tensor) -> None:
     plain, ours = blocks(norm)
     assert_same(
         gradients(lambda x: RUNS[run](ours, x), ours, x), gradients(lambda x: RUNS[run](plain, x), plain, x), ulps=16
@@ -56,7 +61,7 @@ def test_gradients_are_those_of_the_plain_modules(norm: type[nn.Module], run: st
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_a_chain_keeps_what_its_first_note_keeps(norm: type[nn.Module], length: int, x: Tensor) -> None:  # noqa: F811
+def test_a_chain_keeps_what_its_first_note_keeps(norm: type[nn.Module], length: int, x: Tensor) -> None:
     x.requires_grad_(True)
     _, alone = blocks(norm, 0)
     plain, ours = blocks(norm, length)
@@ -65,14 +70,14 @@ def test_a_chain_keeps_what_its_first_note_keeps(norm: type[nn.Module], length: 
     assert kept < memsave.saved_bytes(lambda: plain(x))
 
 
-def test_a_chain_is_recomputed_once_for_all_its_readers(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_chain_is_recomputed_once_for_all_its_readers(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = blocks()
     count = recomputations(monkeypatch)
     gradients(ours, ours, x)
     assert len(count) == 1
 
 
-def test_readers_of_a_link_and_of_its_source_each_get_theirs(x: Tensor) -> None:  # noqa: F811
+def test_readers_of_a_link_and_of_its_source_each_get_theirs(x: Tensor) -> None:
     plain, ours = blocks(length=1)
 
     def run(block: Block, x: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def test_readers_of_a_link_and_of_its_source_each_get_theirs(x: Tensor) -> None:
     assert_same(gradients(lambda x: run(ours, x), ours, x), gradients(lambda x: run(plain, x), plain, x), ulps=16)
 
 
-def test_the_source_is_the_note_where_it_holds_and_else_the_tensor(x: Tensor) -> None:  # noqa: F811
+def test_the_source_is_the_note_where_it_holds_and_else_the_tensor(x: Tensor) -> None:
     _, ours = blocks()
     y = ours.norm[0](x.requires_grad_(True))
     noted, modified = note.source(y), (y := ours.norm[0](x)).add_(1.0)
@@ -97,7 +102,7 @@ def test_the_source_is_the_note_where_it_holds_and_else_the_tensor(x: Tensor) ->
 
 
 @pytest.mark.parametrize("what", ["link", "between", "input"])
-def test_modification_anywhere_in_the_chain_is_detected(what: str, x: Tensor) -> None:  # noqa: F811
+def test_modification_anywhere_in_the_chain_is_detected(what: str, x: Tensor) -> None:
     """A link that was modified before the next one read it is no source; after that it may change as it likes."""
     plain, ours = blocks()
 
@@ -121,7 +126,7 @@ def test_modification_anywhere_in_the_chain_is_detected(what: str, x: Tensor) ->
     assert_same(gradients(lambda x: run(ours, x), ours, x), gradients(lambda x: run(plain, x), plain, x), ulps=16)
 
 
-def test_rows_of_a_chain_are_those_of_its_output(x: Tensor) -> None:  # noqa: F811
+def test_rows_of_a_chain_are_those_of_its_output(x: Tensor) -> None:
     _, ours = blocks(HFStyleRMSNorm)
     y = ours.norm(x.requires_grad_(True))
     found = note.find(y)
@@ -131,7 +136,7 @@ def test_rows_of_a_chain_are_those_of_its_output(x: Tensor) -> None:  # noqa: F8
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_under_a_checkpoint_a_chain_holds_nothing(use_reentrant: bool, x: Tensor) -> None:  # noqa: F811
+def test_under_a_checkpoint_a_chain_holds_nothing(use_reentrant: bool, x: Tensor) -> None:
     _, ours = blocks()
     made: list[weakref.ref[torch.UntypedStorage]] = []
     for module in ours.norm:
@@ -144,7 +149,7 @@ def test_under_a_checkpoint_a_chain_holds_nothing(use_reentrant: bool, x: Tensor
     assert len(note._notes) == 0
 
 
-def test_links_that_live_on_do_not_hold_the_first_input(x: Tensor) -> None:  # noqa: F811
+def test_links_that_live_on_do_not_hold_the_first_input(x: Tensor) -> None:
     _, ours = blocks()
     h = x.requires_grad_(True) * 1.0
     storage = weakref.ref(h.untyped_storage())

@@ -11,14 +11,19 @@ from . import (
     draw_rows,
     draw_winners,
     gather_rows,
+    masked_scale,
     new_seed,
+    pack_bits,
     rms_norm,
     rms_norm_backward,
     row_inclusion,
     sampled_matmul,
 )
 
-_TABLES = (new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, rms_norm, rms_norm_backward)
+_TABLES = (
+    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, rms_norm, rms_norm_backward),
+    *(pack_bits, masked_scale),
+)
 
 SPECS: dict[str, OpSpec] = {table.SPEC.name: table.SPEC for table in _TABLES}
 CASES: list[OpCase] = [case for table in _TABLES for case in table.CASES]
