@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave import MethodConfig, RecomputeNormConfig, WTACRSConfig
+from memsave import MethodConfig, RecomputeDropoutConfig, RecomputeNormConfig, WTACRSConfig
 
 from ..trees import HFRMSNorm
 
@@ -107,8 +107,22 @@ def sampled(**settings: Any) -> WTACRSConfig:
     return WTACRSConfig(**{"target_modules": r".*", "keep_ratio": 0.25, "min_rows": 1, **settings})
 
 
+def norm_then_dropout() -> nn.Module:
+    return NormThenDropout(nn.LayerNorm(WIDTH), nn.Dropout(0.25))
+
+
+class NormThenDropout(nn.Sequential):
+    """A dropout whose output is noted, since its input is."""
+
+    def kept_bytes(self, input_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Of both together, once they are converted."""
+        return sum(module.kept_bytes(input_shape, dtype) for module in self)
+
+
 EXACT = (RecomputeNormConfig(),)
 BOTH = (RecomputeNormConfig(), sampled())
+DROPOUT = (RecomputeDropoutConfig(),)
+NORM_AND_DROPOUT = (RecomputeNormConfig(), RecomputeDropoutConfig())
 
 CASES = [
     MethodCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT),
@@ -139,6 +153,11 @@ CASES = [
     MethodCase("ratio_one", linear, (sampled(keep_ratio=1),)),
     MethodCase("frozen", frozen, (sampled(),)),
     MethodCase("linear", linear, BOTH, gradients="sampled"),
+    MethodCase("dropout", lambda: nn.Dropout(0.1), DROPOUT),
+    MethodCase("odd_dropout", lambda: nn.Dropout(0.7), DROPOUT, shape=(3, 5, 19)),
+    MethodCase("dropout_of_one_row", nn.Dropout, DROPOUT, shape=(WIDTH,)),
+    MethodCase("dropout_of_nothing", lambda: nn.Dropout(0.0), DROPOUT),
+    MethodCase("linear", linear, DROPOUT),
 ]
 
 NOTED_CASES = [
@@ -152,4 +171,6 @@ NOTED_CASES = [
     NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1),
     NotedCase("layer_norm", lambda: nn.LayerNorm(WIDTH), BOTH, copies=2),
     NotedCase("three_linears", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1, linears=(linear, linear, linear)),
+    NotedCase("dropout", norm_then_dropout, NORM_AND_DROPOUT, copies=2),
+    NotedCase("dropout", norm_then_dropout, (*NORM_AND_DROPOUT, sampled()), copies=2, linears=(linear, linear)),
 ]
