@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import ops
 from . import note as notes
 from .converted import Converted
-from .eager import once_differentiable, only_input, plain
+from .eager import only_input, plain
 
 
 class _Dropout(torch.autograd.Function):
@@ -37,14 +37,25 @@ class _Dropout(torch.autograd.Function):
             y = _masked(x, bits, ctx.scale)
         ctx.save_for_backward(bits)
         ctx.mark_non_differentiable(bits)
-        ctx.set_materialize_grads(False)
         return y, bits
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, None]:
-        (bits,) = ctx.saved_tensors
-        return None if dy is None else _masked(dy, bits, ctx.scale), None
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, None]:
+        return _Mask.apply(dy, *ctx.saved_tensors, ctx.scale), None
+
+
+class _Mask(torch.autograd.Function):
+    """x * (scale where the bit is set, else 0), which is its own gradient: differentiable as often as one likes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(bits)
+        return _masked(x, bits, scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _Mask.apply(dy, *ctx.saved_tensors, ctx.scale), None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -80,12 +91,11 @@ class ConvertedDropout(Converted):
         return y
 
     def _draws(self, x: Tensor) -> bool:
-        """Whether this is a call that draws a mask and keeps it for backward."""
+        """Whether this is a call for which a mask is drawn and kept."""
         return (
             not plain(x)
             and not is_traceable_wrapper_subclass(x)
             and torch.is_grad_enabled()
-            and x.requires_grad
             and self.training
             and 0 < self.p < 1
             and x.numel() > 0

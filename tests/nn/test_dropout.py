@@ -218,10 +218,25 @@ def test_the_random_stream_after_a_checkpoint_is_the_plain_models(use_reentrant:
     assert torch.equal(*states)
 
 
-def test_second_derivatives_raise_instead_of_being_wrong(x: Tensor) -> None:
-    (grad,) = torch.autograd.grad(dropout()(x.requires_grad_(True)).square().sum(), [x], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.square().sum().backward()
+def test_second_and_third_derivatives_are_torchs(x: Tensor) -> None:
+    def third(module: nn.Module) -> Tensor:
+        leaf = x.clone().requires_grad_(True)
+        torch.manual_seed(3)
+        y = module(leaf).pow(4).sum()
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(y, [leaf], create_graph=True)
+            y = (grad * torch.linspace(-1, 2, grad.numel()).view(grad.shape)).sum()
+        return grad
+
+    assert torch.equal(third(dropout()), third(nn.Dropout()))
+
+
+def test_a_call_that_drops_nothing_returns_its_input_as_torch_does(x: Tensor) -> None:
+    x.requires_grad_(True)
+    empty = tensor(3, 0).requires_grad_(True)
+    for module in (nn.Dropout(), dropout()):
+        assert module(empty) is empty and module.eval()(x) is x
+    assert dropout(0.0)(x) is x
 
 
 @pytest.mark.parametrize(
