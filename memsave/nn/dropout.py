@@ -7,6 +7,7 @@ the same random numbers as for the plain module, so that the mask and the random
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any
@@ -25,8 +26,8 @@ class _Dropout(torch.autograd.Function):
     """(y, bits): y = x / (1 - p) where the bit is set, else 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        ctx.scale = _scale(x, p)
+    def forward(ctx: Any, x: Tensor, p: float, scale: float) -> tuple[Tensor, Tensor]:
+        ctx.scale = scale
         if x.is_cuda:
             y, mask = torch.native_dropout(x, p, True)
             bits = ops.pack_bits(_rows(mask))
@@ -34,14 +35,14 @@ class _Dropout(torch.autograd.Function):
             # Of the same shape and strides as the noise that torch draws, which is of the dtype of x.
             mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
             bits = ops.pack_bits(_rows(mask))
-            y = _masked(x, bits, ctx.scale)
+            y = _masked(x, bits, scale)
         ctx.save_for_backward(bits)
         ctx.mark_non_differentiable(bits)
         return y, bits
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, None]:
-        return _Mask.apply(dy, *ctx.saved_tensors, ctx.scale), None
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, None, None]:
+        return _gradient(ctx, dy), None, None
 
 
 class _Mask(torch.autograd.Function):
@@ -55,7 +56,12 @@ class _Mask(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _Mask.apply(dy, *ctx.saved_tensors, ctx.scale), None, None
+        return _gradient(ctx, dy), None, None
+
+
+def _gradient(ctx: Any, dy: Tensor) -> Tensor:
+    mask: Callable[..., Tensor] = _Mask.apply if torch.is_grad_enabled() else _masked
+    return mask(dy, *ctx.saved_tensors, ctx.scale)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -83,10 +89,11 @@ class ConvertedDropout(Converted):
         x = only_input(self, args, kwargs)  # type: ignore[arg-type]
         if x is None or not self._draws(x):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        y, bits = _Dropout.apply(x, self.p)
+        scale = _scale(x, self.p)
+        y, bits = _Dropout.apply(x, self.p, scale)
         if notes.find(x) is not None:  # without one, keeping x in place of y would free nothing
             recompute, tensors, per_row = notes.source(x)
-            recipe = notes.Recipe(partial(_again, recompute, _scale(x, self.p)), (*per_row, True))
+            recipe = notes.Recipe(partial(_again, recompute, scale), (*per_row, True))
             notes.attach(y, recipe, (*tensors, bits))
         return y
 
@@ -114,7 +121,7 @@ class ConvertedDropout(Converted):
         return dtype.itemsize if self.p == 1 else prod(leading) * ((features + 7) // 8)
 
 
-def _again(recompute: Any, scale: float, *kept: Tensor) -> Tensor:
+def _again(recompute: Callable[..., Tensor], scale: float, *kept: Tensor) -> Tensor:
     """The output, from what its input is recomputed from and the bits."""
     *tensors, bits = kept
     return _masked(recompute(*tensors), bits, scale)

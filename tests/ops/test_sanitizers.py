@@ -27,7 +27,7 @@ MISTAKES = {
     ),
     "rms_norm": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
     "pack_bits": ("source + 8 * whole, source + columns", "source + 8 * whole, source + columns + 1", "overflow"),
-    "masked_scale": ("whole = n / 8", "whole = (n + 7) / 8", "heap-buffer-overflow"),
+    "masked_scale": ("j + 32 <= n", "j < n", "buffer-overflow"),
     "rms_norm_backward": (
         "return std::max<int64_t>(1, memsave",
         "return std::min<int64_t>(1, memsave",
