@@ -28,7 +28,13 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .memory import MemoryProfile, estimate, measure, saved_bytes
-    from .methods import RecomputeActivationConfig, RecomputeMLPConfig, RecomputeNormConfig, WTACRSConfig
+    from .methods import (
+        RecomputeActivationConfig,
+        RecomputeDropoutConfig,
+        RecomputeMLPConfig,
+        RecomputeNormConfig,
+        WTACRSConfig,
+    )
     from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .nn.linear_cross_entropy import linear_cross_entropy
     from .ops import backends
@@ -56,7 +62,13 @@ _PLACES = {
         "UnsupportedModelError",
     ),
     "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
-    "methods": ("RecomputeActivationConfig", "RecomputeMLPConfig", "RecomputeNormConfig", "WTACRSConfig"),
+    "methods": (
+        "RecomputeActivationConfig",
+        "RecomputeDropoutConfig",
+        "RecomputeMLPConfig",
+        "RecomputeNormConfig",
+        "WTACRSConfig",
+    ),
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
@@ -78,6 +90,7 @@ __all__ = [
     "NotAModelError",
     "Report",
     "RecomputeActivationConfig",
+    "RecomputeDropoutConfig",
     "RecomputeMLPConfig",
     "RecomputeNormConfig",
     "RestoreError",

@@ -52,6 +52,9 @@ _GPT2 = {
 llama = partial(transformer, "LlamaConfig", "LlamaModel", _LLAMA)
 bert = partial(transformer, "BertConfig", "BertModel", _BERT)
 gpt2 = partial(transformer, "GPT2Config", "GPT2Model", _GPT2)
+# Not in attention, which drops out by a function and not by a module.
+bert_with_dropout = partial(bert, hidden_dropout_prob=0.1)
+gpt2_with_dropout = partial(gpt2, resid_pdrop=0.1, embd_pdrop=0.1)
 
 # The model of examples/train_text.py.
 demo = partial(

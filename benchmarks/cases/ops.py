@@ -180,6 +180,14 @@ def norm_inputs(device: str, N: int, D: int, dtype: torch.dtype) -> Inputs:
     return {"x": x, "dy": dy, "weight": weight, "rstd": rstd, **settings}
 
 
+def masked_inputs(device: str, N: int, D: int, dtype: torch.dtype) -> Inputs:
+    """x (N, D), a mask that drops a tenth, as bools, bits and noise, and the scale of what is left."""
+    generator = _generator(device)
+    x = torch.randn(N, D, generator=generator, device=device, dtype=dtype)
+    mask = torch.rand(N, D, generator=generator, device=device) < 0.9
+    return {"x": x, "mask": mask, "bits": ops.pack_bits(mask), "noise": mask.to(dtype) / 0.9, "scale": 1 / 0.9}
+
+
 def written_norm(x: Tensor, weight: Tensor, eps: float, **_: Any) -> Tensor:
     """RMSNorm as models write it."""
     wide = x.float()
@@ -357,6 +365,22 @@ OP_CASES: tuple[OpCase, ...] = (
         peers={"act(gate) kept": kept_backward},
         title="the gradients of that product; the peer is what autograd does, which keeps act(gate)",
         **_ACTIVATION,
+    ),
+    for_op(
+        "pack_bits",
+        peers={},
+        title="a mask in one bit per element",
+        inputs=masked_inputs,
+        sizes=_NORM_SIZES,
+        tiny=_TINY_ND,
+    ),
+    for_op(
+        "masked_scale",
+        peers={"x * noise": lambda x, noise, **_: x * noise},
+        title="the product with a packed mask, beside that with noise in the dtype of x",
+        inputs=masked_inputs,
+        sizes=_NORM_SIZES,
+        tiny=_TINY_ND,
     ),
     for_op(
         "row_inclusion",

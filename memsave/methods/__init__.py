@@ -1,10 +1,18 @@
 """The methods: one file each, named after its paper. A new method adds its config to METHODS."""
 
 from .recompute_activation import RecomputeActivationConfig
+from .recompute_dropout import RecomputeDropoutConfig
 from .recompute_mlp import RecomputeMLPConfig
 from .recompute_norm import RecomputeNormConfig
 from .wta_crs import WTACRSConfig
 
-METHODS = (RecomputeNormConfig, RecomputeActivationConfig, RecomputeMLPConfig, WTACRSConfig)
+METHODS = (RecomputeNormConfig, RecomputeActivationConfig, RecomputeDropoutConfig, RecomputeMLPConfig, WTACRSConfig)
 
-__all__ = ["METHODS", "RecomputeActivationConfig", "RecomputeMLPConfig", "RecomputeNormConfig", "WTACRSConfig"]
+__all__ = [
+    "METHODS",
+    "RecomputeActivationConfig",
+    "RecomputeDropoutConfig",
+    "RecomputeMLPConfig",
+    "RecomputeNormConfig",
+    "WTACRSConfig",
+]

@@ -16,7 +16,9 @@ from .gated_activation_backward import gated_activation_backward
 from .gather_rows import gather_rows
 from .layer_norm import layer_norm
 from .layer_norm_backward import layer_norm_backward
+from .masked_scale import masked_scale
 from .new_seed import new_seed
+from .pack_bits import pack_bits
 from .rms_norm import rms_norm
 from .rms_norm_backward import rms_norm_backward
 from .row_inclusion import row_inclusion
@@ -34,7 +36,9 @@ __all__ = [
     "gather_rows",
     "layer_norm",
     "layer_norm_backward",
+    "masked_scale",
     "new_seed",
+    "pack_bits",
     "rms_norm",
     "rms_norm_backward",
     "row_inclusion",

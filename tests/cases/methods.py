@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave import MethodConfig, RecomputeActivationConfig, RecomputeMLPConfig, RecomputeNormConfig, WTACRSConfig
+from memsave import (
+    MethodConfig,
+    RecomputeActivationConfig,
+    RecomputeDropoutConfig,
+    RecomputeMLPConfig,
+    RecomputeNormConfig,
+    WTACRSConfig,
+)
 
 from ..trees import HFRMSNorm
 
@@ -157,11 +164,25 @@ def mlp(**settings: Any) -> RecomputeMLPConfig:
     return RecomputeMLPConfig(target_modules=r"0", **settings)
 
 
+def norm_then_dropout() -> nn.Module:
+    return NormThenDropout(nn.LayerNorm(WIDTH), nn.Dropout(0.25))
+
+
+class NormThenDropout(nn.Sequential):
+    """A dropout whose output is noted, since its input is."""
+
+    def kept_bytes(self, input_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Of both together, once they are converted."""
+        return sum(module.kept_bytes(input_shape, dtype) for module in self)
+
+
 EXACT = (RecomputeNormConfig(),)
 ALL = (mlp(recompute="all"),)
 SAMPLED_ALL = (mlp(recompute="all", keep_ratio=0.25, min_rows=1),)
 BOTH = (RecomputeNormConfig(), sampled())
 ACTIVATION = (RecomputeActivationConfig(),)
+DROPOUT = (RecomputeDropoutConfig(),)
+NORM_AND_DROPOUT = (RecomputeNormConfig(), RecomputeDropoutConfig())
 
 CASES = [
     MethodCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT),
@@ -211,6 +232,11 @@ CASES = [
     MethodCase("one_row", nn.GELU, ACTIVATION, shape=(WIDTH,)),
     MethodCase("linear", linear, ACTIVATION),
     MethodCase("conv1d", conv1d, ACTIVATION),
+    MethodCase("dropout", lambda: nn.Dropout(0.1), DROPOUT),
+    MethodCase("odd_dropout", lambda: nn.Dropout(0.7), DROPOUT, shape=(3, 5, 19)),
+    MethodCase("dropout_of_one_row", nn.Dropout, DROPOUT, shape=(WIDTH,)),
+    MethodCase("dropout_of_nothing", lambda: nn.Dropout(0.0), DROPOUT),
+    MethodCase("linear", linear, DROPOUT),
 ]
 
 NOTED_CASES = [
@@ -229,4 +255,6 @@ NOTED_CASES = [
     NotedCase("gelu_new_conv1d", by_name("gelu_new"), ACTIVATION, copies=0, linears=(conv1d,)),
     NotedCase("relu_squared", by_name("relu2"), ACTIVATION, copies=0),
     NotedCase("gelu", nn.GELU, (*ACTIVATION, sampled()), copies=0),
+    NotedCase("dropout", norm_then_dropout, NORM_AND_DROPOUT, copies=2),
+    NotedCase("dropout", norm_then_dropout, (*NORM_AND_DROPOUT, sampled()), copies=2, linears=(linear, linear)),
 ]

@@ -10,7 +10,18 @@ import torch
 from memsave import ops
 from memsave.ops import _native
 from memsave.ops.rms_norm import Style
-from tests.cases.ops.inputs import FLOATS, inclusion, log_normal, matrix, row_indices, scales, seed, short
+from tests.cases.ops.inputs import (
+    FLOATS,
+    inclusion,
+    log_normal,
+    mask,
+    matrix,
+    packed,
+    row_indices,
+    scales,
+    seed,
+    short,
+)
 from tests.ops.allocations import peak_inside_bytes
 
 BACKENDS = ["reference"] + ["native"] * (_native.library() is not None)
@@ -54,7 +65,20 @@ def norm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found
 
 
-CALLS = calls() | norm_calls()
+def bit_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for d in (96, 93, 3):
+        found[f"pack_bits-{d}"] = "pack_bits", (mask(400, d),)
+        for dtype in FLOATS:
+            args = matrix(400, d, dtype), packed(400, d), 2.0
+            found[f"masked_scale-{d}-{short(dtype)}"] = "masked_scale", args
+    for dtype in FLOATS:
+        transposed = matrix(400, 90, dtype).t(), packed(90, 400), 2.0
+        found[f"masked_scale-transposed-{short(dtype)}"] = "masked_scale", transposed
+    return found | {"pack_bits-transposed": ("pack_bits", (mask(400, 90).t(),))}
+
+
+CALLS = calls() | norm_calls() | bit_calls()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -139,4 +139,18 @@ def activation_builds() -> list[Build]:
     return builds
 
 
-BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds(), *norm_builds(), *activation_builds()]
+def bit_builds() -> list[Build]:
+    pack, masked = kernels_of("pack_bits"), kernels_of("masked_scale")
+    types = {"mask": "*u8", "bits": "*u8", **dict.fromkeys(("NUM_BYTES", "D", "BYTES_PER_ROW", "stride_n"), "i32")}
+    builds = [Build("pack", pack.pack_kernel, types, {"stride_d": 1, "BLOCK": pack.BLOCK}, ("D", "stride_n"))]
+    for dtype in ("fp16", "bf16", "fp32", "fp64"):
+        types = {"x": f"*{dtype}", "bits": "*u8", "y": f"*{dtype}"}
+        types |= dict.fromkeys(("NUMEL", "D", "stride_x_n", "stride_bits_n"), "i32")
+        wide = tl.float64 if dtype == "fp64" else tl.float32
+        constants = {"stride_x_d": 1, "stride_bits_b": 1, "SCALE": 1 / 0.9, "WIDE": wide, "BLOCK": masked.BLOCK}
+        multiples = ("NUMEL", "D", "stride_x_n")
+        builds.append(Build(f"masked_scale_{dtype}", masked.scale_kernel, types, constants, multiples))
+    return builds
+
+
+BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds(), *norm_builds(), *activation_builds(), *bit_builds()]

@@ -17,7 +17,9 @@ from . import (
     gather_rows,
     layer_norm,
     layer_norm_backward,
+    masked_scale,
     new_seed,
+    pack_bits,
     rms_norm,
     rms_norm_backward,
     row_inclusion,
@@ -28,6 +30,7 @@ _TABLES = (
     *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul),
     *(rms_norm, rms_norm_backward, layer_norm, layer_norm_backward),
     *(activation, activation_backward, gated_activation, gated_activation_backward),
+    *(pack_bits, masked_scale),
 )
 
 SPECS: dict[str, OpSpec] = {table.SPEC.name: table.SPEC for table in _TABLES}

@@ -159,6 +159,16 @@ MUTANTS = [
     ("layer_norm_backward", "dxhat - tl.sum(dxhat) / D", "dxhat"),
     ("layer_norm_backward", "group * 2 * D + D + d", "group * 2 * D + d"),
     ("layer_norm_backward", "r * stride_dy_n", "r * D"),
+    ("pack_bits", "& (d < D)", ""),
+    ("pack_bits", "packed.to(tl.uint8), mask=i < NUM_BYTES", "packed.to(tl.uint8)"),
+    ("pack_bits", "<< place[None, :]", "<< (7 - place[None, :])"),
+    ("pack_bits", "row[:, None] * stride_n", "row[:, None] * D"),
+    ("masked_scale", "inside = i < NUMEL", "inside = i < NUMEL - 1"),
+    ("masked_scale", "element_ty), mask=inside", "element_ty)"),
+    ("masked_scale", "row * stride_x_n", "row * D"),
+    ("masked_scale", "row * stride_bits_n", "row * (D // 8)"),
+    ("masked_scale", "tl.full([], SCALE, WIDE)", "tl.full([], SCALE, tl.float32)"),
+    ("masked_scale", "values * factor", "tl.where(is_set == 1, values * factor, 0.0)"),
 ]
 
 
