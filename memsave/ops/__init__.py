@@ -10,6 +10,8 @@ from ._library import backends, workspace_bytes
 from .draw_rows import draw_rows
 from .draw_winners import draw_winners
 from .gather_rows import gather_rows
+from .logit_statistics import logit_statistics
+from .logit_statistics_backward import logit_statistics_backward
 from .new_seed import new_seed
 from .rms_norm import rms_norm
 from .rms_norm_backward import rms_norm_backward
@@ -22,6 +24,8 @@ __all__ = [
     "draw_rows",
     "draw_winners",
     "gather_rows",
+    "logit_statistics",
+    "logit_statistics_backward",
     "new_seed",
     "rms_norm",
     "rms_norm_backward",

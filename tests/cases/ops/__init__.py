@@ -11,6 +11,8 @@ from . import (
     draw_rows,
     draw_winners,
     gather_rows,
+    logit_statistics,
+    logit_statistics_backward,
     new_seed,
     rms_norm,
     rms_norm_backward,
@@ -18,7 +20,10 @@ from . import (
     sampled_matmul,
 )
 
-_TABLES = (new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, rms_norm, rms_norm_backward)
+_TABLES = (
+    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, rms_norm, rms_norm_backward),
+    *(logit_statistics, logit_statistics_backward),
+)
 
 SPECS: dict[str, OpSpec] = {table.SPEC.name: table.SPEC for table in _TABLES}
 CASES: list[OpCase] = [case for table in _TABLES for case in table.CASES]
