@@ -27,9 +27,7 @@ def block_rows(logits: Tensor) -> int:
     return max(1, BLOCK_BYTES // max(1, logits.shape[1] * statistic_dtype(logits.dtype).itemsize))
 
 
-def logit_statistics(
-    logits: Tensor, target: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logit_statistics(logits: Tensor, target: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide, (n, classes) = statistic_dtype(logits.dtype), logits.shape
     peak, log_sum, at_target, total = (logits.new_zeros(n, dtype=wide) for _ in range(4))
     if classes == 0:

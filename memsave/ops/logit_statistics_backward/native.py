@@ -30,9 +30,7 @@ def launch(
     softcap: float | None,
 ) -> None:
     if logits.dtype == torch.float64:
-        return reference.logit_statistics_backward(
-            logits, target, peak, log_sum, d_lse, d_target, d_total, softcap
-        )
+        return reference.logit_statistics_backward(logits, target, peak, log_sum, d_lse, d_target, d_total, softcap)
     rows = rows_of(logits)
     numbers = [t.contiguous() for t in (target, peak, log_sum, d_lse, d_target, d_total)]
     _kernel(
