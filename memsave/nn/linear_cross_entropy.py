@@ -249,7 +249,7 @@ class _ReducedLoss(torch.autograd.Function):
 
 
 class _LossPerToken(torch.autograd.Function):
-    """Loss (N,) and logsumexp (N,); keeps its inputs and the logsumexp's parts, and makes the logits again in backward."""
+    """Loss (N,) and logsumexp (N,); keeps its inputs and the parts of logsumexp, and makes the logits again in backward."""
 
     @staticmethod
     def forward(
@@ -289,9 +289,10 @@ class _LossPerToken(torch.autograd.Function):
             gradients = head.new_gradients(ctx.needs_input_grad[:3])
             for chunk, x in head.chunks(ctx.needs_input_grad[1]):
                 z, places = head.logits(x), target[chunk] - s.vocabulary.first
-                of_lse, *of_others = s.upstream(peak[chunk] + log_sum[chunk], d_loss[chunk])
-                numbers = (peak[chunk], log_sum[chunk], of_lse + d_lse[chunk], *of_others)
-                ops.logit_statistics_backward(z, places, *numbers, s.softcap)
+                parts = peak[chunk], log_sum[chunk]
+                of_lse, of_target, of_total = s.upstream(parts[0] + parts[1], d_loss[chunk])
+                upstream = of_lse + d_lse[chunk], of_target, of_total
+                ops.logit_statistics_backward(z, places, *parts, *upstream, s.softcap)
                 head.add_gradients(gradients, chunk, x, z)
                 del z
             if gradients[0] is not None:

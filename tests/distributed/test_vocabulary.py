@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from memsave import linear_cross_entropy
 
 from .test_rows import run_processes
-from .vocabulary_worker import CHUNK_TOKENS, D, IGNORE, OPTIONS, SHARDS, N, V, inputs, run
+from .vocabulary_worker import CHUNK_TOKENS, IGNORE, OPTIONS, SHARDS, D, N, V, inputs, run
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch is built without gloo"

@@ -52,7 +52,7 @@ class Guarded:
     before: Tensor | None = None
 
     def change(self, written: bool = False) -> str | None:
-        """What was written that must not be, in words. `written`: the tensor itself may be, but not what lies between."""
+        """What was written that must not be, in words. `written`: the elements may be, but not what lies between."""
         end = self.begin + extent(self.tensor)
         for name, place in (("before", slice(0, self.begin)), ("behind", slice(end, None))):
             border = self.buffer[place]

@@ -52,5 +52,5 @@ def workspace_bytes(logits: Tensor, target: Tensor, softcap: float | None) -> in
     if n == 0 or classes == 0:
         return 0
     wide, rows = statistic_dtype(logits.dtype), min(n, block_rows(logits))
-    copies = 1 + (logits.dtype != wide) + (softcap is not None)
+    copies = 1 + (logits.dtype != wide or softcap is not None)
     return rows * classes * wide.itemsize * copies + rows * (1 + wide.itemsize)

@@ -1,4 +1,4 @@
-"""Calls the C++ kernel of `logit_statistics_backward`, csrc/logit_statistics_backward.cpp; plain PyTorch serves float64."""
+"""Calls the C++ kernel of the same name, csrc/logit_statistics_backward.cpp; plain PyTorch serves float64."""
 
 from __future__ import annotations
 

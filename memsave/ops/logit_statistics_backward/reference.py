@@ -37,6 +37,7 @@ def logit_statistics_backward(
             z.mul_(tanh.square_().neg_().add_(1.0))
         if logits.dtype != wide:
             logits[rows] = z
+        del z, tanh  # before the next block
 
 
 def workspace_bytes(
