@@ -87,6 +87,7 @@ def for_op(
     plain: Callable[..., Tensor] | None = None,
     kernels: bool = True,
     check: Callable[..., None] | None = None,
+    writes: str | None = None,
     **fields: Any,
 ) -> OpCase:
     """A case of one op: plain PyTorch (its reference), memsave (the backend that is active) and peers.
@@ -97,12 +98,16 @@ def for_op(
         plain: for an op that rounds, what it computes as one would write it: its error sets the budget, and in fp64 it
             is the truth. Without it, memsave must give the same bits as its reference.
         check: in place of both.
+        writes: the input that the op overwrites: each call gets a copy of it.
     """
     function = getattr(ops, op)
     parameters = list(inspect.signature(function).parameters)
 
     def call(**inputs: Any) -> Any:
-        return function(*(inputs[name] for name in parameters))
+        if writes is not None:
+            inputs[writes] = inputs[writes].clone()
+        result = function(*(inputs[name] for name in parameters))
+        return result if writes is None else inputs[writes]
 
     def same_result(**inputs: Any) -> None:
         if plain is not None:
@@ -370,7 +375,8 @@ OP_CASES: tuple[OpCase, ...] = (
     for_op(
         "logit_statistics_backward",
         peers={"with plain operators, to a new tensor": written_logit_gradient},
-        title="logits turned into their gradient, in place: each call overwrites the result of the one before",
+        title="logits turned into their gradient, in place; of a copy, which each call makes",
+        writes="logits",
         inputs=logit_inputs,
         check=check_logits,
         sizes=_LOGIT_SIZES,

@@ -249,7 +249,7 @@ class _ReducedLoss(torch.autograd.Function):
 
 
 class _LossPerToken(torch.autograd.Function):
-    """Loss (N,) and logsumexp (N,); keeps its inputs and the parts of logsumexp, and makes the logits again in backward."""
+    """Loss (N,) and logsumexp (N,); keeps its inputs and parts of logsumexp, and makes the logits again in backward."""
 
     @staticmethod
     def forward(
