@@ -95,7 +95,12 @@ LOSS_CASES = (
         ),
         check=check,
         sizes={
-            "cpu": _sizes((4096, 32000, 512, torch.float32)),
+            "cpu": _sizes(
+                (4096, 32000, 512, torch.float32),
+                (512, 50257, 768, torch.float32),
+                (8192, 8000, 256, torch.float32),
+                (64, 128256, 256, torch.float32),
+            ),
             "cuda": _sizes((16384, 128256, 2048, torch.bfloat16)),
         },
         expected_s=300.0,

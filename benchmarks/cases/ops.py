@@ -33,6 +33,7 @@ from .activations import written_product as written_gated
 from .case import Case
 
 KEEP_RATIO = 0.3
+CHECKED_ROWS = 64
 Inputs = dict[str, Any]  # by name, as the calls take them
 
 
@@ -94,6 +95,7 @@ def for_op(
     plain: Callable[..., Tensor] | None = None,
     kernels: bool = True,
     check: Callable[..., None] | None = None,
+    writes: str | None = None,
     **fields: Any,
 ) -> OpCase:
     """A case of one op: plain PyTorch (its reference), memsave (the backend that is active) and peers.
@@ -104,12 +106,16 @@ def for_op(
         plain: for an op that rounds, what it computes as one would write it: its error sets the budget, and in fp64 it
             is the truth. Without it, memsave must give the same bits as its reference.
         check: in place of both.
+        writes: the input that the op overwrites: each call gets a copy of it.
     """
     function = getattr(ops, op)
     parameters = list(inspect.signature(function).parameters)
 
     def call(**inputs: Any) -> Any:
-        return function(*(inputs[name] for name in parameters))
+        if writes is not None:
+            inputs[writes] = inputs[writes].clone()
+        result = function(*(inputs[name] for name in parameters))
+        return result if writes is None else inputs[writes]
 
     def same_result(**inputs: Any) -> None:
         if plain is not None:
@@ -212,6 +218,41 @@ def check_norm(**inputs: Any) -> None:
             assert_within_budget(f, e, p)
 
 
+def logit_inputs(device: str, N: int, V: int, dtype: torch.dtype) -> Inputs:
+    """Logits (N, V) and targets (N,), their statistics, and the gradients of a sum of losses."""
+    generator = _generator(device)
+    logits = torch.randn(N, V, generator=generator, device=device, dtype=dtype)
+    target = torch.randint(V, (N,), generator=generator, device=device)
+    peak, log_sum, *_ = ops.logit_statistics(logits, target)
+    gradients = {"d_lse": torch.ones_like(peak), "d_target": -torch.ones_like(peak), "d_total": torch.zeros_like(peak)}
+    return {"logits": logits, "target": target, "peak": peak, "log_sum": log_sum, **gradients, "softcap": None}
+
+
+def written_loss(logits: Tensor, target: Tensor, **_: Any) -> Tensor:
+    return F.cross_entropy(logits.float(), target, reduction="none")
+
+
+def written_logit_gradient(logits: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor, **_: Any) -> Tensor:
+    """As one would write it, without overwriting the logits."""
+    gradient = (logits.float() - (peak + log_sum)[:, None]).exp_()
+    gradient[torch.arange(len(target), device=target.device), target] -= 1
+    return gradient.to(logits.dtype)
+
+
+def check_logits(**inputs: Any) -> None:
+    """The statistics and the gradient within the error budget, on the first rows."""
+    rows = {name: i[:CHECKED_ROWS] if isinstance(i, Tensor) else i for name, i in inputs.items()}
+    found = {}
+    for name, given in {"memsave": rows, "plain": rows, "exact": in_fp64(rows)}.items():
+        with nullcontext() if name == "memsave" else ops.use_reference():
+            logits = given["logits"].clone()
+            statistics = ops.logit_statistics(logits, given["target"])
+            ops.logit_statistics_backward(logits, *(i for key, i in given.items() if key != "logits"))
+            found[name] = (*statistics, logits)
+    for f, e, p in zip(found["memsave"], found["exact"], found["plain"], strict=True):
+        assert_within_budget(f, e, p)
+
+
 def draw(x: Tensor, seed: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     """Row norms, inclusion probabilities and the draw: rows (k,) and scale (k,) of x (N, D)."""
     return KeepRows(KEEP_RATIO, 1, "pps").draw(x, seed)
@@ -278,6 +319,12 @@ _ACTIVATION = {
     },
     "tiny": {"sizes": {device: _nda((256, 48, FP32, "silu")) for device in ("cpu", "cuda")}},
 }
+_nv = sizes("N", "V", "dtype")
+_LOGIT_SIZES = {
+    "cpu": _nv((512, 32000, FP32), (512, 32000, BF16)),
+    "cuda": _nv((4096, 128256, BF16), (4096, 128256, FP32)),
+}
+_TINY_NV = {"sizes": {device: _nv((64, 96, FP32), (64, 96, BF16)) for device in ("cpu", "cuda")}}
 
 OP_CASES: tuple[OpCase, ...] = (
     OpCase(
@@ -381,6 +428,25 @@ OP_CASES: tuple[OpCase, ...] = (
         inputs=masked_inputs,
         sizes=_NORM_SIZES,
         tiny=_TINY_ND,
+    ),
+    for_op(
+        "logit_statistics",
+        peers={"losses by cross_entropy": written_loss},
+        title="what cross entropy needs of rows of logits",
+        inputs=logit_inputs,
+        check=check_logits,
+        sizes=_LOGIT_SIZES,
+        tiny=_TINY_NV,
+    ),
+    for_op(
+        "logit_statistics_backward",
+        peers={"with plain operators, to a new tensor": written_logit_gradient},
+        title="logits turned into their gradient, in place; of a copy, which each call makes",
+        writes="logits",
+        inputs=logit_inputs,
+        check=check_logits,
+        sizes=_LOGIT_SIZES,
+        tiny=_TINY_NV,
     ),
     for_op(
         "row_inclusion",

@@ -17,6 +17,8 @@ from .gather_rows import gather_rows
 from .layer_norm import layer_norm
 from .layer_norm_backward import layer_norm_backward
 from .masked_scale import masked_scale
+from .logit_statistics import logit_statistics
+from .logit_statistics_backward import logit_statistics_backward
 from .new_seed import new_seed
 from .pack_bits import pack_bits
 from .rms_norm import rms_norm
@@ -37,6 +39,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "masked_scale",
+    "logit_statistics",
+    "logit_statistics_backward",
     "new_seed",
     "pack_bits",
     "rms_norm",

@@ -66,22 +66,21 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             folder.mkdir()
-            run_pair(request.param, folder)
+            run_processes("tests.distributed.worker", [request.param], RANKS, folder)
     return Outcome(request.param, folder, "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("log.*"))))
 
 
-def run_pair(mode: str, folder: Path) -> None:
-    """Run the two processes; a pair that hangs is ended, and the log says so."""
-    command = [sys.executable, "-m", "tests.distributed.worker", mode]
+def run_processes(module: str, arguments: list[str], ranks: int, folder: Path) -> None:
+    """Run `module` with the arguments, a rank and the folder, in as many processes; if they hang, the log says so."""
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(folder)],
+            [sys.executable, "-m", module, *arguments, str(rank), str(folder)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=(folder / f"log.{rank}").open("w"),
             stderr=subprocess.STDOUT,
         )
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
     try:
         for process in processes:

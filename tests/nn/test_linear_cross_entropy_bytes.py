@@ -92,8 +92,8 @@ class TestPeak:
         ({}, False, (N * D + V * D) * 4),
         ({}, True, N * D * 4),
         ({"reduction": "sum"}, False, (N * D + V * D) * 4),
-        ({"reduction": "none"}, False, (N * D + V * D) * 4 + N * (INDEX_BYTES + 4)),  # inputs and logsumexp
-        ({"return_logsumexp": True}, True, (N * D + V * D) * 4 + N * (INDEX_BYTES + 4)),
+        ({"reduction": "none"}, False, (N * D + V * D) * 4 + N * (INDEX_BYTES + 8)),  # inputs, logsumexp in two parts
+        ({"return_logsumexp": True}, True, (N * D + V * D) * 4 + N * (INDEX_BYTES + 8)),
     ],
 )
 def test_kept_bytes(options: dict[str, Any], frozen: bool, kept_bytes: int) -> None:

@@ -33,6 +33,8 @@ MISTAKES = {
         "(1 << 30) + 1 + int32_t(share)",
         "signed integer",
     ),
+    "logit_statistics": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
+    "logit_statistics_backward": ("target < start + n) values", "target >= 0) values", "stack-buffer-overflow"),
     "rms_norm": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
     "rms_norm_backward": ("columns, 1, element_bytes", "columns, 0, element_bytes", "heap-buffer-overflow"),
     "layer_norm_backward": ("columns, 2, 4)", "columns, 1, 4)", "heap-buffer-overflow"),

@@ -78,7 +78,24 @@ def bit_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found | {"pack_bits-transposed": ("pack_bits", (mask(400, 90).t(),))}
 
 
-CALLS = calls() | norm_calls() | bit_calls()
+def logit_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every dtype with and without a softcap: one block of rows, and several."""
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for dtype in FLOATS:
+        for n, classes in ((40, 300), (50, 100_000)):
+            logits, target = matrix(n, classes, dtype), torch.arange(n)
+            numbers = [torch.ones(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32)] * 5
+            for softcap in (None, 5.0):
+                name = f"{n}-{short(dtype)}-{softcap}"
+                found[f"logit_statistics-{name}"] = "logit_statistics", (logits, target, softcap)
+                args = logits, target, *numbers, softcap
+                found[f"logit_statistics_backward-{name}"] = "logit_statistics_backward", args
+        transposed = logits.t(), torch.zeros(classes, dtype=torch.int64), None
+        found[f"logit_statistics-transposed-{short(dtype)}"] = "logit_statistics", transposed
+    return found
+
+
+CALLS = calls() | norm_calls() | bit_calls() | logit_calls()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

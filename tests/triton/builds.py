@@ -153,4 +153,37 @@ def bit_builds() -> list[Build]:
     return builds
 
 
-BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds(), *norm_builds(), *activation_builds(), *bit_builds()]
+def logit_builds() -> list[Build]:
+    """A large vocabulary in each dtype, with and without a softcap."""
+    forward, backward = kernels_of("logit_statistics"), kernels_of("logit_statistics_backward")
+    builds = []
+    for dtype, softcap in [("fp16", 0.0), ("bf16", 30.0), ("fp32", 30.0), ("fp64", 0.0)]:
+        wide = {"fp64": "fp64"}.get(dtype, "fp32")
+        numbers = dict.fromkeys(("peak", "log_sum", "at_target", "total", "d_lse", "d_target", "d_total"), f"*{wide}")
+        types = {**numbers, "logits": f"*{dtype}", "target": "*i64", "V": "i32", "stride_n": "i32"}
+        flags = {"SOFTCAP": softcap, "WIDE": tl.float64 if wide == "fp64" else tl.float32, "BLOCK": forward.BLOCK}
+        for module, kernel in ((forward, forward.statistics_kernel), (backward, backward.gradient_kernel)):
+            names = set(kernel.arg_names)
+            ones = {name: 1 for name in names if name.startswith("stride_") and name != "stride_n"}
+            builds.append(
+                Build(
+                    f"{kernel.fn.__name__}_{dtype}",
+                    kernel,
+                    {name: of for name, of in types.items() if name in names},
+                    ones | flags,
+                    ("V", "stride_n"),
+                    {"num_warps": module.WARPS},
+                )
+            )
+    return builds
+
+
+BUILDS = [
+    *integer_builds(),
+    *gather_builds(),
+    *matmul_builds(),
+    *norm_builds(),
+    *activation_builds(),
+    *bit_builds(),
+    *logit_builds(),
+]

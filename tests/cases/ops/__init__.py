@@ -18,6 +18,8 @@ from . import (
     layer_norm,
     layer_norm_backward,
     masked_scale,
+    logit_statistics,
+    logit_statistics_backward,
     new_seed,
     pack_bits,
     rms_norm,
@@ -30,7 +32,7 @@ _TABLES = (
     *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul),
     *(rms_norm, rms_norm_backward, layer_norm, layer_norm_backward),
     *(activation, activation_backward, gated_activation, gated_activation_backward),
-    *(pack_bits, masked_scale),
+    *(pack_bits, masked_scale, logit_statistics, logit_statistics_backward),
 )
 
 SPECS: dict[str, OpSpec] = {table.SPEC.name: table.SPEC for table in _TABLES}
