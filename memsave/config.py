@@ -166,6 +166,10 @@ class TargetedConfig(MethodConfig):
         """Whether `module` is of a kind that this method converts (judged by its class and structure alone)."""
         raise TypeError(f"{type(self).__name__} does not define candidate(module)")
 
+    def found_in(self, modules: Collection[nn.Module]) -> list[nn.Module]:
+        """Which of all the `modules` of a model are meant where no target_modules are given: every candidate."""
+        return [module for module in modules if self.candidate(module)]
+
 
 def applied_configs(module: nn.Module) -> dict[str, MethodConfig]:
     """The configs that `module` itself is converted by, by method name, oldest first."""
