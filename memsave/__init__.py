@@ -70,6 +70,7 @@ __all__ = [
     "ConversionError",
     "EstimateError",
     "Guarantee",
+    "LinearCrossEntropyConfig",
     "LoadError",
     "MemoryProfile",
     "MemsaveError",
