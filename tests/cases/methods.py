@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave import MethodConfig, RecomputeNormConfig, WTACRSConfig
+from memsave import LinearCrossEntropyConfig, MethodConfig, RecomputeNormConfig, WTACRSConfig
 
 from ..trees import HFRMSNorm
 
-WIDTH, OUT = 8, 6
+WIDTH, OUT, CLASSES = 8, 6, 40
 SHAPE = (3, 40, WIDTH)
 
 
@@ -97,6 +97,11 @@ def linear() -> nn.Module:
     return nn.Linear(WIDTH, OUT)
 
 
+def head() -> nn.Module:
+    """A head with enough classes that its logits are better lazy."""
+    return nn.Linear(WIDTH, CLASSES)
+
+
 def frozen() -> nn.Module:
     module = nn.Linear(WIDTH, OUT)
     module.weight.requires_grad_(False)
@@ -109,6 +114,7 @@ def sampled(**settings: Any) -> WTACRSConfig:
 
 EXACT = (RecomputeNormConfig(),)
 BOTH = (RecomputeNormConfig(), sampled())
+LAZY = (LinearCrossEntropyConfig(target_modules=r".*", min_logits_bytes=0),)
 
 CASES = [
     MethodCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT),
@@ -139,6 +145,9 @@ CASES = [
     MethodCase("ratio_one", linear, (sampled(keep_ratio=1),)),
     MethodCase("frozen", frozen, (sampled(),)),
     MethodCase("linear", linear, BOTH, gradients="sampled"),
+    MethodCase("head", head, LAZY),
+    MethodCase("head_without_bias", lambda: nn.Linear(WIDTH, CLASSES, bias=False), LAZY),
+    MethodCase("head", head, (*EXACT, *LAZY)),
 ]
 
 NOTED_CASES = [

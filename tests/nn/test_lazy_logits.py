@@ -401,3 +401,9 @@ def test_compiled_heads_give_plain_logits() -> None:
     model = head()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert type(compiled(hidden())) is Tensor
+
+
+def test_a_compiled_loss_takes_lazy_logits() -> None:
+    torch._dynamo.reset()
+    loss = torch.compile(lambda z: F.cross_entropy(flat(z.float()), labels()), backend="aot_eager")
+    assert_same(results(head(), loss, hidden()), results(head(lazy=False), loss, hidden()))

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..eager import autocast_now, product_dtype
 from ..linear_cross_entropy import CHUNK_BYTES
@@ -67,5 +68,6 @@ def lazy_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
     """The lazy F.linear(x, weight, bias); x (..., D), weight (V, D), bias (V,)."""
     context = autocast_now(x) if torch.amp.is_autocast_available(x.device.type) else nullcontext
     call = Call(x, weight, bias, context, torch.is_grad_enabled())
-    form = torch.empty(*x.shape[:-1], weight.shape[0], dtype=product_dtype(x, weight), device="meta")
+    with _disable_current_modes():
+        form = torch.empty(*x.shape[:-1], weight.shape[0], dtype=product_dtype(x, weight), device="meta")
     return new_handle(State(call, Whole(), (), form, x))

@@ -1,7 +1,7 @@
 """What lazy logits stand for: a call of the head, and the steps taken since. The rules say which steps need no values.
 
 hidden is (..., D); logits (..., V). A step's form is a meta tensor: it knows shape, strides and dtype, and torch itself
-raises the error of a step that does not fit.
+raises the error of a step that does not fit. It is made outside of dispatch modes, which would count its bytes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Step(NamedTuple):
@@ -117,9 +118,14 @@ class Replay(NamedTuple):
         return logits
 
 
+def _form(func: Any, state: State, *args: Any, **kwargs: Any) -> Tensor:
+    with _disable_current_modes():
+        return cast(Tensor, func(state.form, *args, **kwargs))
+
+
 def _reshaped(func: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State | None:
     """view, reshape, flatten and contiguous, if the classes stay the last dimension."""
-    form = func(state.form, *args, **kwargs)
+    form = _form(func, state, *args, **kwargs)
     if form.dim() == 0 or form.shape[-1] != state.form.shape[-1] or form.dtype != state.form.dtype:
         return None
     return replace(state, form=form, hidden=state.hidden.reshape(*form.shape[:-1], state.hidden.shape[-1]))
@@ -134,7 +140,7 @@ def _sliced(func: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, An
     reaches_classes = len(key) - (Ellipsis in key) == dims or (Ellipsis in key and key[-1] is not Ellipsis)
     if reaches_classes and key[-1] != slice(None):
         return None
-    return replace(state, form=func(state.form, *args), hidden=state.hidden[args[0]])
+    return replace(state, form=_form(func, state, *args), hidden=state.hidden[args[0]])
 
 
 def _cast(func: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State | None:
@@ -142,7 +148,7 @@ def _cast(func: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
     given = (*args, *kwargs.values())
     if func.__name__ == "to" and not (len(given) == 1 and isinstance(given[0], torch.dtype)):
         return None
-    form = func(state.form, *args, **kwargs)
+    form = _form(func, state, *args, **kwargs)
     return replace(state, form=form) if form.dtype in (state.form.dtype, *_CASTS) else None
 
 
@@ -154,7 +160,7 @@ def _scaled(func: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, An
     if not math.isfinite(factor) or factor == 0:
         return None
     factor = 1 / factor if "div" in func.__name__ else factor
-    form = func(state.form, *args)
+    form = _form(func, state, *args)
     if state.softcap is not None:
         return replace(state, form=form, softcap=state.softcap * factor)
     return replace(state, form=form, scale=state.scale * factor)
@@ -162,7 +168,7 @@ def _scaled(func: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _tanh(func: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State | None:
     """The tanh of a softcap."""
-    return None if kwargs or state.softcap is not None else replace(state, form=func(state.form), softcap=1.0)
+    return None if kwargs or state.softcap is not None else replace(state, form=_form(func, state), softcap=1.0)
 
 
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
