@@ -24,27 +24,32 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        answer: Any
-        if func is F.cross_entropy:
-            answer = _loss(*args, **kwargs)
-        elif func in _WATCHERS:
-            answer = _watch(func, args, kwargs)
-        else:
-            answer = _lazily(func, args, kwargs)
-        if answer is not None:
-            return answer
-        args, kwargs = tree_map_only(LazyLogits, ordinary, (args, kwargs))
-        return func(*args, **kwargs)
+        return _call(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """For callers that do not ask `__torch_function__`: autograd uses the handle's node, so the values are bare."""
         args, kwargs = tree_map_only(LazyLogits, lambda handle: _value(handle).detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+@torch.compiler.disable  # a compiled function that is given a handle runs what it does with that in eager mode
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    """`func` with handles among its arguments."""
+    if func in _METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    answer: Any
+    if func is F.cross_entropy:
+        answer = _loss(*args, **kwargs)
+    elif func in _WATCHERS:
+        answer = _watch(func, args, kwargs)
+    else:
+        answer = _lazily(func, args, kwargs)
+    if answer is not None:
+        return answer
+    args, kwargs = tree_map_only(LazyLogits, ordinary, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def new_handle(state: State) -> LazyLogits:
