@@ -247,7 +247,13 @@ def _lazily(func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
 _WATCHERS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
 _METADATA = {
     *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__),  # type: ignore[attr-defined]
-    *(Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.itemsize.__get__, Tensor.nbytes.__get__),  # type: ignore[attr-defined]
+    *(
+        Tensor.requires_grad.__get__,
+        Tensor.is_leaf.__get__,
+        Tensor._base.__get__,
+        Tensor.itemsize.__get__,
+        Tensor.nbytes.__get__,
+    ),  # type: ignore[attr-defined]
     *(Tensor.is_cpu.__get__, Tensor.is_cuda.__get__, Tensor.is_xpu.__get__, Tensor.is_mps.__get__),  # type: ignore[attr-defined]
     *(Tensor.is_meta.__get__, Tensor.is_sparse.__get__, Tensor.is_nested.__get__, Tensor.is_quantized.__get__),  # type: ignore[attr-defined]
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride),
