@@ -211,8 +211,9 @@ def _watch(func: Any, args: Any, kwargs: Any) -> RemovableHandle | None:
     lazy = [leaf._lazy.call for leaf in tree_leaves((args, kwargs)) if _is_lazy(leaf)]
     hook = args[1] if func is Tensor.register_hook and len(args) > 1 else None
     if lazy and str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
-        lazy[0].signals.append(hook)
-        return RemovableHandle({})
+        removable = RemovableHandle(lazy[0].signals)
+        lazy[0].signals[removable.id] = hook
+        return removable
     if any(call.loss_computed for call in lazy):
         raise RuntimeError(
             f"{func.__name__}: the gradient of these logits is never made, because their loss was computed without "
@@ -245,17 +246,12 @@ def _lazily(func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
 
 
 _WATCHERS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+_ATTRIBUTES = (
+    *("shape", "ndim", "dtype", "device", "layout", "itemsize", "nbytes", "requires_grad", "is_leaf", "_base"),
+    *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_nested", "is_quantized"),
+)
 _METADATA = {
-    *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__),  # type: ignore[attr-defined]
-    *(
-        Tensor.requires_grad.__get__,
-        Tensor.is_leaf.__get__,
-        Tensor._base.__get__,
-        Tensor.itemsize.__get__,
-        Tensor.nbytes.__get__,
-    ),  # type: ignore[attr-defined]
-    *(Tensor.is_cpu.__get__, Tensor.is_cuda.__get__, Tensor.is_xpu.__get__, Tensor.is_mps.__get__),  # type: ignore[attr-defined]
-    *(Tensor.is_meta.__get__, Tensor.is_sparse.__get__, Tensor.is_nested.__get__, Tensor.is_quantized.__get__),  # type: ignore[attr-defined]
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride),
     *(Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.is_inference),
     *(Tensor.__len__, Tensor.__hash__, torch.numel, torch.is_floating_point, torch.is_complex),

@@ -7,6 +7,7 @@ raises the error of a step that does not fit. It is made outside of dispatch mod
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class Call:
         self.autocast = autocast
         self.grad_enabled = grad_enabled
         self.loss_computed = False
-        self.signals: list[Callable[[Tensor], Any]] = []
+        self.signals: OrderedDict[int, Callable[[Tensor], Any]] = OrderedDict()
         """Hooks of torch's wrappers, which ask to be told when backward begins."""
         self._versions = self._now()
 
@@ -55,7 +56,7 @@ class Call:
     def signal_from(self, tensor: Tensor) -> None:
         """Tell the wrappers when backward reaches `tensor`."""
         if tensor.requires_grad:
-            for hook in self.signals:
+            for hook in self.signals.values():
                 tensor.register_hook(hook)
 
     def check(self) -> None:
