@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .memory import MemoryProfile, estimate, measure, saved_bytes
     from .methods import (
+        LinearCrossEntropyConfig,
         RecomputeActivationConfig,
         RecomputeDropoutConfig,
         RecomputeMLPConfig,
@@ -63,6 +64,7 @@ _PLACES = {
     ),
     "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
     "methods": (
+        "LinearCrossEntropyConfig",
         "RecomputeActivationConfig",
         "RecomputeDropoutConfig",
         "RecomputeMLPConfig",
@@ -82,6 +84,7 @@ __all__ = [
     "ConversionError",
     "EstimateError",
     "Guarantee",
+    "LinearCrossEntropyConfig",
     "LoadError",
     "MemoryProfile",
     "MemsaveError",

@@ -173,6 +173,10 @@ class TargetedConfig(MethodConfig):
         """Names, from `module` on, of modules within it that are converted with it, whether they are targets or not."""
         return ()
 
+    def found_in(self, modules: Collection[nn.Module]) -> list[nn.Module]:
+        """Which of all the `modules` of a model are meant where no target_modules are given: every candidate."""
+        return [module for module in modules if self.candidate(module)]
+
 
 def applied_configs(module: nn.Module) -> dict[str, MethodConfig]:
     """The configs that `module` itself is converted by, by method name, oldest first."""

@@ -269,10 +269,11 @@ def _select(config: TargetedConfig, modules: Sequence[Named], plan: _Plan) -> li
     refused: dict[str, str] = {}
     targets, excluded = config.target_modules, config.exclude_modules
     within = _within(config.name, modules)
+    found = {id(module) for module in config.found_in([m.module for m in modules])} if targets is None else set()
     for module, names in modules:
         name, done = names[0], config.name in applied_configs(module)
         entries = {""} if targets is None else {entry for n in names for entry in matches(targets, n)}
-        if not entries or not (done or config.candidate(module)):
+        if not entries or not (done or id(module) in found if targets is None else done or config.candidate(module)):
             continue
         if id(module) in within:
             plan.reasons[id(module)] = f"within what {config.name} converted"

@@ -1,15 +1,24 @@
 """The methods: one file each, named after its paper. A new method adds its config to METHODS."""
 
+from .linear_cross_entropy import LinearCrossEntropyConfig
 from .recompute_activation import RecomputeActivationConfig
 from .recompute_dropout import RecomputeDropoutConfig
 from .recompute_mlp import RecomputeMLPConfig
 from .recompute_norm import RecomputeNormConfig
 from .wta_crs import WTACRSConfig
 
-METHODS = (RecomputeNormConfig, RecomputeActivationConfig, RecomputeDropoutConfig, RecomputeMLPConfig, WTACRSConfig)
+METHODS = (
+    RecomputeNormConfig,
+    RecomputeActivationConfig,
+    RecomputeDropoutConfig,
+    RecomputeMLPConfig,
+    LinearCrossEntropyConfig,
+    WTACRSConfig,
+)
 
 __all__ = [
     "METHODS",
+    "LinearCrossEntropyConfig",
     "RecomputeActivationConfig",
     "RecomputeDropoutConfig",
     "RecomputeMLPConfig",

@@ -2,11 +2,12 @@
 
 x is (..., D), N rows; weight (O, D), or (D, O) for Conv1D; bias (O,); y (..., O); k kept rows.
 
-It has two parts, which methods set and which compose:
+It has three parts, which methods set and which compose:
 - `keep`: how the input is kept for backward: itself | by the note that its maker attached (`note.py`), which is free |
   as sampled rows (`rows.py`: a `KeepRows`), themselves recomputed from the note where there is one;
-- `weight_grad`: "dense", or "rows" (estimated from the sampled rows). A frozen weight needs no input at all.
-A block that runs again in backward may also have its linears draw rows there (`backward_rows.py`).
+- `weight_grad`: "dense", or "rows" (estimated from the sampled rows). A frozen weight needs no input at all. A block
+  that runs again in backward may also have its linears draw rows there (`backward_rows.py`);
+- `output`: itself, or lazy (`lazy_logits.py`: a `LazyOutput`), unless rows are sampled.
 The output, the input's gradient and the bias's gradient are exact in every combination.
 """
 
@@ -26,6 +27,7 @@ from .backward_rows import BackwardDraw, draw_of
 from .converted import Converted, original_class
 from .eager import no_autocast, once_differentiable, only_input, plain, product_dtype
 from .grad_norms import GradNormCache, Visit, warn_of_compiler
+from .lazy_logits import LazyOutput, lazy_linear
 from .note import Recipe
 from .rows import KeepRows, Sample, draw_sample, poison, sample_of
 
@@ -76,6 +78,9 @@ class ConvertedLinear(Converted):
         if x is None or (plain(x) and not compiling) or not self._fits(x):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         keep = self._keep_rows(prod(x.shape[:-1]))
+        lazy: LazyOutput | None = self._memsave_parts.get("output")
+        if lazy is not None and keep is None and not compiling and lazy.serves(self, x):  # type: ignore[arg-type]
+            return lazy_linear(x, self.weight, self.bias)
         # Drawn in every training forward, also without gradients or when a sibling's sample is used: reentrant
         # checkpointing runs forward once without and once with gradients, and both must leave torch's random stream
         # in the same state.

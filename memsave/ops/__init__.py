@@ -16,9 +16,9 @@ from .gated_activation_backward import gated_activation_backward
 from .gather_rows import gather_rows
 from .layer_norm import layer_norm
 from .layer_norm_backward import layer_norm_backward
-from .masked_scale import masked_scale
 from .logit_statistics import logit_statistics
 from .logit_statistics_backward import logit_statistics_backward
+from .masked_scale import masked_scale
 from .new_seed import new_seed
 from .pack_bits import pack_bits
 from .rms_norm import rms_norm

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memsave import (
+    LinearCrossEntropyConfig,
     MethodConfig,
     RecomputeActivationConfig,
     RecomputeDropoutConfig,
@@ -24,7 +25,7 @@ from memsave import (
 
 from ..trees import HFRMSNorm
 
-WIDTH, OUT, HIDDEN = 8, 6, 20
+WIDTH, OUT, HIDDEN, CLASSES = 8, 6, 20, 40
 SHAPE = (3, 40, WIDTH)
 
 
@@ -118,6 +119,11 @@ def linear() -> nn.Module:
     return nn.Linear(WIDTH, OUT)
 
 
+def head() -> nn.Module:
+    """A head with enough classes that its logits are better lazy."""
+    return nn.Linear(WIDTH, CLASSES)
+
+
 def frozen() -> nn.Module:
     module = nn.Linear(WIDTH, OUT)
     module.weight.requires_grad_(False)
@@ -183,6 +189,7 @@ BOTH = (RecomputeNormConfig(), sampled())
 ACTIVATION = (RecomputeActivationConfig(),)
 DROPOUT = (RecomputeDropoutConfig(),)
 NORM_AND_DROPOUT = (RecomputeNormConfig(), RecomputeDropoutConfig())
+LAZY = (LinearCrossEntropyConfig(target_modules=r".*", min_logits_bytes=0),)
 
 CASES = [
     MethodCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT),
@@ -237,6 +244,9 @@ CASES = [
     MethodCase("dropout_of_one_row", nn.Dropout, DROPOUT, shape=(WIDTH,)),
     MethodCase("dropout_of_nothing", lambda: nn.Dropout(0.0), DROPOUT),
     MethodCase("linear", linear, DROPOUT),
+    MethodCase("head", head, LAZY),
+    MethodCase("head_without_bias", lambda: nn.Linear(WIDTH, CLASSES, bias=False), LAZY),
+    MethodCase("head", head, (*EXACT, *LAZY)),
 ]
 
 NOTED_CASES = [

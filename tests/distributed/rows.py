@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import memsave
-from memsave import MethodConfig, WTACRSConfig
+from memsave import LinearCrossEntropyConfig, MethodConfig, WTACRSConfig
 
 from ..cases.methods import CASES, NOTED_CASES, SHAPE, WIDTH, MethodCase, NotedCase
 from ..test_methods import Fan
@@ -120,11 +120,11 @@ def _convert(inner: nn.Module, configs: tuple[MethodConfig, ...]) -> None:
 class LlamaLoss(nn.Module):
     """A tiny Llama whose output is the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 32) -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS}
+        sizes = {"vocab_size": num_classes, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
         self.llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
 
@@ -140,12 +140,26 @@ def _tokens(step: int, rank: int) -> Tensor:
     return torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(10 * step + rank))
 
 
+def _many_tokens(step: int, rank: int) -> Tensor:
+    """Enough of them, and of 128 classes, for lazy logits."""
+    return torch.randint(0, 128, (2, 32), generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+_LAZY = LinearCrossEntropyConfig(min_logits_bytes=0)
 _MLP = WTACRSConfig(keep_ratio=0.3, min_rows=1, target_modules=["gate_proj", "up_proj", "down_proj"])
 _LOW_RANK = ToyLowRankConfig(rank=3, target_modules=["inner"])
 ROWS = [_stack(case) for case in [*CASES, *NOTED_CASES]] + [
     replace(_stack(CASES[-1]), id="toy_low_rank", convert=lambda m: memsave.convert_model(m, _LOW_RANK), exact=None),
     # Its norms and its loss are computed in fp32.
     Row("llama-bare", LlamaLoss, memsave.convert_model, _tokens, exact=True, tolerance=1e-4),
+    Row(
+        "lazy_logits",
+        lambda: LlamaLoss(128),
+        lambda m: memsave.convert_model(m, _LAZY),
+        _many_tokens,
+        exact=True,
+        tolerance=1e-4,
+    ),
     Row("llama-wta_crs", LlamaLoss, lambda m: memsave.convert_model(m, _MLP), _tokens, exact=False, tolerance=1e-4),
     Row(
         "llama-bare+wta_crs",
