@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .memory import MemoryProfile, estimate, measure, saved_bytes
-    from .methods import RecomputeNormConfig, WTACRSConfig
+    from .methods import RecomputeNormConfig, ShareMaskConfig, WTACRSConfig
     from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .nn.linear_cross_entropy import linear_cross_entropy
     from .ops import backends
@@ -56,7 +56,7 @@ _PLACES = {
         "UnsupportedModelError",
     ),
     "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
-    "methods": ("RecomputeNormConfig", "WTACRSConfig"),
+    "methods": ("RecomputeNormConfig", "ShareMaskConfig", "WTACRSConfig"),
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
@@ -80,6 +80,7 @@ __all__ = [
     "RecomputeNormConfig",
     "RestoreError",
     "SaveError",
+    "ShareMaskConfig",
     "UnsupportedModelError",
     "WTACRSConfig",
     "backends",
