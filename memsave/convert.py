@@ -248,7 +248,7 @@ def _problems_of_defaults(plan: _Plan, configs: Sequence[MethodConfig], modules:
     if not (problems or plan.changes or plan.already):
         reasons = [f"{m.names[0]}: {plan.reasons[id(m.module)]}" for m in modules if id(m.module) in plan.reasons]
         why = f": {reasons[0].removeprefix(': ')}" if reasons else ""
-        methods = " or ".join(config.name for config in configs)
+        methods = " or ".join(config.name for config in configs if isinstance(config, TargetedConfig))
         problems.append(NoMatchError(f"the model has no module that {methods} can convert{why}. {_UNCHANGED}"))
     return problems
 

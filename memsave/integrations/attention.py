@@ -13,23 +13,34 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..nn.attention import cpu_attention, dtype_of_attention, shared_mask
-from ..nn.eager import plain
+from ..nn.attention import SharedMask, additive_mask, cpu_attention, dtype_of_attention, shared_mask
+from ..nn.eager import autocast_enabled, plain
 
 NAME = "memsave_sdpa"
-_STOCK = "sdpa"
-_KNOWN = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
+_PLAIN = "sdpa"
+_KNOWN = {
+    "module",
+    "query",
+    "key",
+    "value",
+    "attention_mask",
+    "dropout",
+    "scaling",
+    "is_causal",
+    "position_bias",
+    "kwargs",
+}
 _OTHERS = (set(inspect.signature(sdpa_attention_forward).parameters) - _KNOWN) | {"softcap", "output_attentions"}
-"""Arguments, such as a paged cache or a bias of positions, that transformers' own function must see to."""
+"""Arguments, such as a paged cache, that transformers' own function must see to."""
 
 
 def attention_forward(
@@ -44,25 +55,48 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' `sdpa_attention_forward` returns, (B, T, h, D), keeping less for backward."""
-    mask = attention_mask
-    causal = query.shape[2] > 1 and mask is None and _is_causal(module, is_causal)
     special = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _OTHERS)
-    longer = causal and key.shape[2] > query.shape[2]  # an empty static cache
-    if special or longer or plain(query) or not torch.is_grad_enabled():
-        stock = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **stock)
-        return output
-    shared = shared_mask(mask, dtype_of_attention(query)) if mask is not None and mask.dtype == torch.bool else None
+    settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    if plain(query) or special or not torch.is_grad_enabled():
+        return _stock(module, query, key, value, attention_mask, **settings)
+    causal = query.shape[2] > 1 and attention_mask is None and _is_causal(module, is_causal)
+    if causal and key.shape[2] > query.shape[2]:  # an empty static cache
+        return _stock(module, query, key, value, attention_mask, **settings)
+    shared = _shared_mask(query, key, attention_mask, causal, kwargs.get("position_bias"))
+    mask = attention_mask
     if shared is not None:
-        mask = shared.mask
+        mask, causal = shared.mask, False
+        settings |= {"position_bias": None, "is_causal": False}
     if query.device.type == "cpu" and _groups(module) == query.shape[1] // key.shape[1]:
         y = cpu_attention(query, key, value, mask, dropout=dropout, scale=scaling, is_causal=causal)
         y = y.transpose(1, 2).contiguous()  # (B, T, h, D)
     else:
-        y, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
+        y, _ = _stock(module, query, key, value, mask, **settings)
     if shared is not None:
         shared.hold_with(y)
     return y, None
+
+
+def _stock(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    output: tuple[Tensor, None] = sdpa_attention_forward(*args, **kwargs)
+    return output
+
+
+def _shared_mask(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, position_bias: Tensor | None
+) -> SharedMask | None:
+    """The mask to add to the scores, as all layers that were given the same tensors read it; None if none is made."""
+    dtype = dtype_of_attention(query)
+    if position_bias is None:
+        if mask is None or mask.dtype != torch.bool:
+            return None
+        return shared_mask(mask, (dtype,), partial(additive_mask, mask, dtype))
+
+    def combined() -> Tensor:
+        made: Tensor = create_position_bias_mask(position_bias, mask, causal, query, key)
+        return made.to(dtype) if autocast_enabled(query) else made
+
+    return shared_mask(position_bias, (dtype, causal, query.shape[2], key.shape[2]), combined, beside=mask)
 
 
 def _is_causal(module: nn.Module, asked: bool | None) -> bool:
@@ -84,7 +118,7 @@ def use(model: nn.Module) -> None:
     """Let every transformers model in `model` that uses SDPA use the registered function instead."""
     register()
     for config in _configs(model):
-        if config._attn_implementation == _STOCK:
+        if config._attn_implementation == _PLAIN:
             _set(config, NAME)
 
 
@@ -92,7 +126,7 @@ def use_no_more(model: nn.Module) -> None:
     """Undo `use`."""
     for config in _configs(model):
         if config._attn_implementation == NAME:
-            _set(config, _STOCK)
+            _set(config, _PLAIN)
 
 
 def takes_attention(model: nn.Module) -> bool:
@@ -108,8 +142,8 @@ def why_not(model: nn.Module) -> str | None:
 
 def _why_not_this(model: PreTrainedModel) -> str | None:
     implementation = model.config._attn_implementation
-    if implementation not in (_STOCK, NAME):
-        return f"its attention is {implementation!r}; only {_STOCK!r} (set_attn_implementation) can share masks"
+    if implementation not in (_PLAIN, NAME):
+        return f"its attention is {implementation!r}; only {_PLAIN!r} (set_attn_implementation) can share masks"
     if not _asks_the_registry(type(model)):
         return f"the code of {type(model).__name__} chooses its attention without transformers' registry"
     return None

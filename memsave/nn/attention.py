@@ -9,12 +9,12 @@ read one boolean mask read one additive mask, as long as the graph of one of the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .attention_dropout import attend_with_dropout
 from .eager import autocast_enabled, no_autocast
@@ -25,10 +25,15 @@ _ALIGNMENT = 16
 
 
 class SharedMask:
-    """An additive mask that several layers read; `mask` is None once one of them has run backward."""
+    """A float mask that several layers read; `mask` is None once one of them has run backward."""
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, beside: Tensor | None) -> None:
         self.mask: Tensor | None = mask
+        self._beside = None if beside is None else TensorWeakRef(beside)
+
+    def made_beside(self, other: Tensor | None) -> bool:
+        """Whether `other` is the very tensor object that was given when the mask was made."""
+        return self.mask is not None and (None if self._beside is None else self._beside()) is other
 
     def hold_with(self, output: Tensor) -> None:
         """Live for the layers to come as long as the graph of `output`, which keeps the mask itself, waits."""
@@ -43,13 +48,20 @@ class SharedMask:
 _shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def shared_mask(mask: Tensor, dtype: torch.dtype) -> SharedMask:
-    """The additive mask in `dtype` that stands for the boolean tensor object `mask`, made at most once per graph."""
-    found: dict[tuple[torch.dtype, int], Callable[[], SharedMask | None]] = _shared.setdefault(mask, {})
-    key = (dtype, mask._version)
+def shared_mask(
+    source: Tensor, settings: tuple[Hashable, ...], make: Callable[[], Tensor], beside: Tensor | None = None
+) -> SharedMask:
+    """What `make` makes from the tensor objects `source` and `beside`, made once for the layers of one graph.
+
+    Args:
+        source, beside: used again only as the same objects with the same contents.
+        settings: all else on which the result depends.
+    """
+    found: dict[Hashable, weakref.ref[SharedMask]] = _shared.setdefault(source, {})
+    key = (settings, source._version, None if beside is None else (id(beside), beside._version))
     present = found[key]() if key in found else None
-    if present is None or present.mask is None:
-        present = SharedMask(additive_mask(mask, dtype))
+    if present is None or not present.made_beside(beside):
+        present = SharedMask(make(), beside)
         found[key] = weakref.ref(present)
     return present
 
@@ -84,10 +96,10 @@ def cpu_attention(
     """`F.scaled_dot_product_attention` on the CPU, by the way that keeps least: (B, h, T, D).
 
     torch's fused kernel takes fewer heads in k and v than in q, masked or not, and keeps q, k, v, the output and one
-    number per row. It takes neither dropout nor a mask that needs a gradient: those keep q, k, v, the mask and one bit
-    per probability here, where torch keeps several tensors of (B, h, T, S).
+    number per row. It takes no dropout: that keeps q, k, v, the mask and one bit per probability here, where torch
+    keeps several tensors of (B, h, T, S).
     """
-    if 0 < dropout < 1 or (mask is not None and mask.requires_grad):
+    if 0 < dropout < 1:
         dtype = dtype_of_attention(query)
         query, key, value = (t.to(dtype) for t in (query, key, value))
         if mask is not None and mask.is_floating_point():

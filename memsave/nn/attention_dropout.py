@@ -1,4 +1,4 @@
-"""Attention with dropout, or with a mask that needs a gradient, where torch has no fused kernel: on the CPU.
+"""Attention with dropout where torch has no fused kernel for it: on the CPU.
 
 q is (B, h, T, D), k (B, kv, S, D), v (B, kv, S, E), h = n kv; a mask, additive or boolean, is (B, h, T, S) up to
 broadcasting. Kept for backward: q, k, v, the mask, and one bit per probability (rows of S bits, in whole bytes).
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .eager import once_differentiable
 
-_CHUNK_BYTES = 4 * 2**20
+_CHUNK_BYTES = 2**20
 """What the scores of the heads that are computed together may take: they should stay in the cache."""
 _PACK = 0x0102040810204080
 _SPREAD = 0x0101010101010101
@@ -62,7 +62,10 @@ class _Attention(torch.autograd.Function):
         keep = None
         if settings.dropout:
             keep = torch.empty(shape, dtype=torch.bool, device=query.device).bernoulli_(1 - settings.dropout)
-        output = query.new_empty(*query.shape[:3], value.shape[-1])
+        batch, heads, length = query.shape[:3]
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(
+            1, 2
+        )  # as torch's fused kernel has it
         for part in _parts(query, key):
             q, k, v = _in_math_dtype(part.of_queries(query), part.of_keys(key), part.of_keys(value))
             p = _probabilities(q, k, part.of_mask(mask), settings)
@@ -138,7 +141,7 @@ def _parts(query: Tensor, key: Tensor) -> Iterator[_Part]:
 
 
 def _in_math_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
+    return tuple(t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in tensors)
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, settings: _Settings) -> Tensor:
