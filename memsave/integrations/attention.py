@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +164,6 @@ def _set(config: Any, name: str) -> None:
     config._attn_implementation_internal = name
 
 
-@cache
 def _asks_the_registry(cls: type[PreTrainedModel]) -> bool:
     """Whether the classes beside `cls` find their attention by name and none of them asks for "sdpa" itself."""
     source = inspect.getsource(sys.modules[cls.__module__])

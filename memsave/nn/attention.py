@@ -99,7 +99,7 @@ def cpu_attention(
     number per row. It takes no dropout: that keeps q, k, v, the mask and one bit per probability here, where torch
     keeps several tensors of (B, h, T, S).
     """
-    if 0 < dropout < 1:
+    if 0 < dropout < 1 and key.shape[2]:
         dtype = dtype_of_attention(query)
         query, key, value = (t.to(dtype) for t in (query, key, value))
         if mask is not None and mask.is_floating_point():

@@ -68,10 +68,10 @@ class _Attention(torch.autograd.Function):
         )  # as torch's fused kernel has it
         for part in _parts(query, key):
             q, k, v = _in_math_dtype(part.of_queries(query), part.of_keys(key), part.of_keys(value))
-            p = _probabilities(q, k, part.of_mask(mask), settings)
+            p, sees = _probabilities(q, k, part.of_mask(mask), settings)
             if keep is not None:
                 p.mul_(part.of_queries(keep).view(torch.uint8))
-            part.of_queries(output).copy_(_over_keys(p, v).mul_(1 / (1 - settings.dropout)))
+            part.of_queries(output).copy_(_over_keys(p, v).mul_(sees))
         ctx.settings = settings
         ctx.save_for_backward(query, key, value, mask, None if keep is None else pack_bits(keep))
         return output
@@ -87,16 +87,15 @@ class _Attention(torch.autograd.Function):
             q, k, v, dy = _in_math_dtype(
                 part.of_queries(query), part.of_keys(key), part.of_keys(value), part.of_queries(doutput)
             )
-            dy = dy * (1 / (1 - settings.dropout))
-            p = _probabilities(q, k, part.of_mask(mask), settings)
+            p, sees = _probabilities(q, k, part.of_mask(mask), settings)
+            dy = dy * sees
+            keep = None if bits is None else unpack_bits(part.of_queries(bits), key.shape[2]).view(torch.uint8)
+            part.of_keys(dvalue).copy_(_to_keys(p if keep is None else p * keep, dy, v.shape[1]))
             dp = _over_features(dy, v)
-            dropped = p
-            if bits is not None:
-                keep = unpack_bits(part.of_queries(bits), key.shape[2]).view(torch.uint8)
+            if keep is not None:
                 dp.mul_(keep)
-                dropped = p * keep
-            part.of_keys(dvalue).copy_(_to_keys(dropped, dy, v.shape[1]))
             dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            del p, dp
             if dmask is not None:
                 target = part.of_mask(dmask)
                 target += dscores.sum_to_size(target.shape)
@@ -144,21 +143,24 @@ def _in_math_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in tensors)
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, settings: _Settings) -> Tensor:
-    """(b, h, T, S); a row that may see no key is zero, as torch has it."""
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor | float]:
+    """Before dropout, (b, h, T, S); and by what the rows of the output are to be multiplied, (b, h or 1, T, 1).
+
+    That is 1 / (1 - dropout), or 0 for a row that may see no key: torch has zeros there.
+    """
     scores = _over_features(q * settings.scale, k)
+    factor = 1 / (1 - settings.dropout)
     if settings.is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril_()
         scores.masked_fill_(~visible, float("-inf"))
     if mask is None:
-        return torch.softmax(scores, -1)
+        return torch.softmax(scores, -1), factor
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, float("-inf"))
-    scores += mask
-    p = torch.softmax(scores, -1)
-    # From the mask alone, which all heads share as a rule: a look at the scores takes longer than the softmax.
-    blind = mask.amax(-1, keepdim=True) == float("-inf")
-    return p.masked_fill_(blind, 0.0) if blind.any() else p
+    # From the mask, which all heads share as a rule: a look at the scores takes longer than their softmax.
+    sees = mask.amax(-1, keepdim=True) > float("-inf")
+    scores += mask.masked_fill(~sees, 0.0)
+    return torch.softmax(scores, -1), sees.to(scores.dtype) * factor
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Transformers models whose layers share masks: the same training, fewer bytes, and a config that says nothing of it."""
+"""Transformers models whose layers share masks: the same training in fewer bytes, and a config that does not tell."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def whisper(**changed: Any) -> Any:
     return made("WhisperForConditionalGeneration", "WhisperConfig", settings, **changed)
 
 
-def text(padding: str = "none") -> dict[str, Tensor]:
+def text(padding: str = "none") -> dict[str, Any]:
     """Tokens (B, T); padded on the left, on the right, packed, or with a mask (B, 1, T, T) of the caller's."""
     ids = torch.randint(1, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
     seen = torch.ones(BATCH, TOKENS, dtype=torch.long)
@@ -86,9 +86,10 @@ def text(padding: str = "none") -> dict[str, Tensor]:
         seen[0, :5] = 0
     if padding == "right":
         seen[1, -7:] = 0
-    batch = {"input_ids": ids, "labels": ids.masked_fill(seen == 0, -100), "attention_mask": seen}
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids.masked_fill(seen == 0, -100), "attention_mask": seen}
     if padding == "packed":
         del batch["attention_mask"]
+        batch["use_cache"] = False  # transformers looks for packed sequences only without a cache
         batch["position_ids"] = torch.cat([torch.arange(10), torch.arange(TOKENS - 10)]).expand(BATCH, -1)
     if padding == "own":
         batch["attention_mask"] = torch.ones(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -330,8 +331,8 @@ def test_a_pickled_model_trains_in_a_new_process(tmp_path: Path) -> None:
 
 def test_importing_memsave_registers_nothing() -> None:
     code = (
-        "import memsave, memsave.methods, transformers, transformers.masking_utils as masks\n"
-        "memsave.convert_model(transformers.torch.nn.Sequential(transformers.torch.nn.Linear(2, 2)))\n"
+        "import memsave, memsave.methods, torch, transformers, transformers.masking_utils as masks\n"
+        "memsave.convert_model(torch.nn.Sequential(torch.nn.Linear(2, 2)))\n"
         f"print({NAME!r} in transformers.AttentionInterface() or {NAME!r} in masks.ALL_MASK_ATTENTION_FUNCTIONS)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
