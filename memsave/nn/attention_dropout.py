@@ -68,10 +68,10 @@ class _Attention(torch.autograd.Function):
         )  # as torch's fused kernel has it
         for part in _parts(query, key):
             q, k, v = _in_math_dtype(part.of_queries(query), part.of_keys(key), part.of_keys(value))
-            p, sees = _probabilities(q, k, part.of_mask(mask), settings)
+            p, factor = _probabilities(q, k, part.of_mask(mask), settings)
             if keep is not None:
                 p.mul_(part.of_queries(keep).view(torch.uint8))
-            part.of_queries(output).copy_(_over_keys(p, v).mul_(sees))
+            torch.mul(_over_keys(p, v), factor, out=part.of_queries(output))
         ctx.settings = settings
         ctx.save_for_backward(query, key, value, mask, None if keep is None else pack_bits(keep))
         return output
@@ -84,11 +84,9 @@ class _Attention(torch.autograd.Function):
         dquery, dkey, dvalue = (torch.empty_like(t) for t in (query, key, value))
         dmask = torch.zeros_like(mask) if ctx.needs_input_grad[3] else None
         for part in _parts(query, key):
-            q, k, v, dy = _in_math_dtype(
-                part.of_queries(query), part.of_keys(key), part.of_keys(value), part.of_queries(doutput)
-            )
-            p, sees = _probabilities(q, k, part.of_mask(mask), settings)
-            dy = dy * sees
+            q, k, v = _in_math_dtype(part.of_queries(query), part.of_keys(key), part.of_keys(value))
+            p, factor = _probabilities(q, k, part.of_mask(mask), settings)
+            dy = torch.mul(part.of_queries(doutput), factor, out=q.new_empty(*q.shape[:3], v.shape[-1]))
             keep = None if bits is None else unpack_bits(part.of_queries(bits), key.shape[2]).view(torch.uint8)
             part.of_keys(dvalue).copy_(_to_keys(p if keep is None else p * keep, dy, v.shape[1]))
             dp = _over_features(dy, v)
@@ -99,9 +97,8 @@ class _Attention(torch.autograd.Function):
             if dmask is not None:
                 target = part.of_mask(dmask)
                 target += dscores.sum_to_size(target.shape)
-            dscores.mul_(settings.scale)
-            part.of_queries(dquery).copy_(_over_keys(dscores, k))
-            part.of_keys(dkey).copy_(_to_keys(dscores, q, k.shape[1]))
+            torch.mul(_over_keys(dscores, k), settings.scale, out=part.of_queries(dquery))
+            torch.mul(_to_keys(dscores, q, k.shape[1]), settings.scale, out=part.of_keys(dkey))
         return dquery, dkey, dvalue, dmask, None
 
 
@@ -148,19 +145,23 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, settings: _Setting
 
     That is 1 / (1 - dropout), or 0 for a row that may see no key: torch has zeros there.
     """
-    scores = _over_features(q * settings.scale, k)
     factor = 1 / (1 - settings.dropout)
+    groups, keys = k.shape[1:3]
+    scores = q.new_empty(*q.shape[:3], keys)
+    sees = None
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, float("-inf"))
+        # From the mask, which all heads share as a rule: a look at the scores takes longer than their softmax.
+        sees = mask.amax(-1, keepdim=True) > float("-inf")
+        scores.copy_(mask.masked_fill(~sees, 0.0))
+    flat = scores.view(-1, scores.numel() // max(q.shape[0] * groups * keys, 1), keys)  # (b g, n T, S)
+    products = (_grouped(q, groups).flatten(0, 1), k.flatten(0, 1).mT)
+    flat.baddbmm_(*products, beta=0 if mask is None else 1, alpha=settings.scale)
     if settings.is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril_()
         scores.masked_fill_(~visible, float("-inf"))
-    if mask is None:
-        return torch.softmax(scores, -1), factor
-    if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, float("-inf"))
-    # From the mask, which all heads share as a rule: a look at the scores takes longer than their softmax.
-    sees = mask.amax(-1, keepdim=True) > float("-inf")
-    scores += mask.masked_fill(~sees, 0.0)
-    return torch.softmax(scores, -1), sees.to(scores.dtype) * factor
+    return torch.softmax(scores, -1), factor if sees is None else sees.to(scores.dtype) * factor
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:
