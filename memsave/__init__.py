@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         RecomputeDropoutConfig,
         RecomputeMLPConfig,
         RecomputeNormConfig,
+        ShareMaskConfig,
         WTACRSConfig,
     )
     from .nn.grad_norms import sample_cache_bytes, sample_ids
@@ -69,6 +70,7 @@ _PLACES = {
         "RecomputeDropoutConfig",
         "RecomputeMLPConfig",
         "RecomputeNormConfig",
+        "ShareMaskConfig",
         "WTACRSConfig",
     ),
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
@@ -98,6 +100,7 @@ __all__ = [
     "RecomputeNormConfig",
     "RestoreError",
     "SaveError",
+    "ShareMaskConfig",
     "UnsupportedModelError",
     "WTACRSConfig",
     "backends",

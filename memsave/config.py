@@ -58,6 +58,10 @@ class MethodConfig:
         """Keys that a converted module's `state_dict` may have or lack, with tensors of any shape."""
         return ()
 
+    def applies(self, model: nn.Module) -> bool:
+        """Whether `model` has anything that this method of model scope is about, judged by classes alone."""
+        return True
+
     def why_not(self, module: nn.Module) -> str | None:
         """Say in words why `module` cannot be converted, or return None. Changes nothing."""
         return None

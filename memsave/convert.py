@@ -207,9 +207,7 @@ def _kind(module: nn.Module) -> str:
     return base_class(module).__name__
 
 
-def _plan(
-    model: nn.Module, configs: Sequence[MethodConfig], modules: Sequence[Named], *, defaults: bool = False
-) -> _Plan:
+def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: Sequence[Named], *, defaults: bool) -> _Plan:
     plan = _Plan()
     planned: dict[int, dict[str, MethodConfig]] = {id(m.module): applied_configs(m.module) for m in modules}
     conflicts: list[tuple[str, str]] = []
@@ -217,10 +215,7 @@ def _plan(
         if isinstance(config, TargetedConfig):
             selected = _select(config, modules, plan)
         else:
-            reason = config.why_not(model)
-            selected = [] if reason else [("", model)]
-            if reason:
-                plan.problems.append(UnsupportedModelError(f"{config}: {reason}. {_UNCHANGED}"))
+            selected = _select_model(config, model, plan, defaults)
         for name, module in selected:
             present = planned[id(module)]
             earlier = present.get(config.name)
@@ -235,13 +230,26 @@ def _plan(
     return plan
 
 
+def _select_model(config: MethodConfig, model: nn.Module, plan: _Plan, default: bool) -> list[tuple[str, nn.Module]]:
+    """The model, if `config` of model scope can convert it; a default that cannot is named in the report at most."""
+    applies = config.applies(model)
+    reason = config.why_not(model) if applies else f"{_kind(model)} has nothing that it converts"
+    if reason is None:
+        return [("", model)]
+    if not default:
+        plan.problems.append(UnsupportedModelError(f"{config}: {reason}. {_UNCHANGED}"))
+    elif applies:
+        plan.reasons[id(model)] = f"{config.name}: {reason}"
+    return []
+
+
 def _problems_of_defaults(plan: _Plan, configs: Sequence[MethodConfig], modules: Sequence[Named]) -> list[MemsaveError]:
     """The problems of a call without configs: a default method may find nothing where another finds something."""
     problems = [problem for problem in plan.problems if not isinstance(problem, NoMatchError)]
     if not (problems or plan.changes or plan.already):
         reasons = [f"{m.names[0]}: {plan.reasons[id(m.module)]}" for m in modules if id(m.module) in plan.reasons]
         why = f": {reasons[0].removeprefix(': ')}" if reasons else ""
-        methods = " or ".join(config.name for config in configs)
+        methods = " or ".join(config.name for config in configs if isinstance(config, TargetedConfig))
         problems.append(NoMatchError(f"the model has no module that {methods} can convert{why}. {_UNCHANGED}"))
     return problems
 
@@ -323,20 +331,21 @@ def _within(method: str, modules: Sequence[Named]) -> set[int]:
 def _skipped(modules: Sequence[Named], plan: _Plan, configs: Sequence[MethodConfig]) -> tuple[Skip, ...]:
     """Rows for the modules that hold parameters of their own and that no config of this call converts."""
     done = {id(change.module) for change in [*plan.changes, *plan.already]}
+    targeted = [config for config in configs if isinstance(config, TargetedConfig)]
     held = {id(p): p for m in modules for p in m.module._parameters.values() if p is not None}
     total = max(sum(p.nbytes for p in held.values()), 1)
     rows = []
     for module, names in modules:
         own = [p for p in module._parameters.values() if p is not None]
-        if id(module) not in done and (own or id(module) in plan.reasons):
-            reason = plan.reasons.get(id(module)) or _why_left(module, configs)
+        if id(module) not in done and ((own and targeted) or id(module) in plan.reasons):
+            reason = plan.reasons.get(id(module)) or _why_left(module, targeted)
             rows.append((names[0], _kind(module), reason, sum(p.nbytes for p in own) / total))
     return group_skips(rows)
 
 
-def _why_left(module: nn.Module, configs: Sequence[MethodConfig]) -> str:
+def _why_left(module: nn.Module, configs: Sequence[TargetedConfig]) -> str:
     methods = "/".join(sorted({config.name for config in configs}))
-    if any(isinstance(config, TargetedConfig) and config.candidate(module) for config in configs):
+    if any(config.candidate(module) for config in configs):
         return "not targeted"
     dimensions = max(p.dim() for p in module._parameters.values() if p is not None)
     if dimensions > 2 and not hasattr(module, "kernel_size"):

@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "guard": ({"config", "errors"}, set()),
     "convert": ({"config", "report", "targets", "wrappers", "errors", "guard"}, {"methods", "memory"}),
     "saving": ({"convert", "config", "errors", "guard", "wrappers"}, {"integrations", "methods", "__init__"}),
-    "methods": ({"nn", "ops", "config", "errors"}, set()),
+    "methods": ({"nn", "ops", "config", "errors"}, {"integrations"}),
     "nn": ({"ops"}, set()),
     "ops": ({"errors"}, set()),
     "memory": ({"ops", "wrappers", "errors"}, set()),

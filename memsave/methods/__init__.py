@@ -5,6 +5,7 @@ from .recompute_activation import RecomputeActivationConfig
 from .recompute_dropout import RecomputeDropoutConfig
 from .recompute_mlp import RecomputeMLPConfig
 from .recompute_norm import RecomputeNormConfig
+from .share_mask import ShareMaskConfig
 from .wta_crs import WTACRSConfig
 
 METHODS = (
@@ -12,6 +13,7 @@ METHODS = (
     RecomputeActivationConfig,
     RecomputeDropoutConfig,
     RecomputeMLPConfig,
+    ShareMaskConfig,
     LinearCrossEntropyConfig,
     WTACRSConfig,
 )
@@ -23,5 +25,6 @@ __all__ = [
     "RecomputeDropoutConfig",
     "RecomputeMLPConfig",
     "RecomputeNormConfig",
+    "ShareMaskConfig",
     "WTACRSConfig",
 ]
