@@ -21,7 +21,7 @@ from benchmarks.cases.training import ModelCase
 from benchmarks.cases.variants import Variant
 from benchmarks.checks import check_exact, check_unbiased
 
-from .steps import Step, opened
+from .steps import opened
 from .timing import elapsed, in_turns, no_garbage_collection, summary, synchronize
 
 STEPS_PER_TURN = {"cpu": 1, "cuda": 3}
@@ -92,37 +92,38 @@ def bytes_of(case: ModelCase, variant: Variant, device: str) -> dict[str, int | 
     with opened(case, variant, device) as step:
         step.run()  # the first step makes the optimizer's states
         step.clear()
+        # First of all: `measure` looks at every operator, and torch.compile then gives the model up for good.
+        added_bytes = allocated_bytes(step.run, device) if variant.compiled or device != "cpu" else 0
+        step.clear()
         kept_bytes = memsave.saved_bytes(step.forward) if variant.counts_kept else None
         measured = memsave.measure(step.run)
         step.clear()
-        peak_bytes = measured.peak_bytes
-        if variant.compiled:
-            peak_bytes = measured.baseline_bytes + allocated_bytes(step.run) if device == "cpu" else None
-            step.clear()
-        figures = {"kept_bytes": kept_bytes, "peak_bytes": peak_bytes}
-        figures["allocator_peak_bytes"] = allocator_peak_bytes(step, measured.baseline_bytes, device)
     release(device)
-    return figures
+    allocator_peak_bytes = measured.baseline_bytes + added_bytes
+    peak_bytes = measured.peak_bytes if not variant.compiled else allocator_peak_bytes if device == "cpu" else None
+    return {
+        "kept_bytes": kept_bytes,
+        "peak_bytes": peak_bytes,
+        "allocator_peak_bytes": None if device == "cpu" else allocator_peak_bytes,
+    }
 
 
-def allocated_bytes(run: Callable[[], object]) -> int:
-    """The largest sum of what torch allocates on the CPU during `run`: what `measure` finds, also in compiled code."""
+def allocated_bytes(run: Callable[[], object], device: str) -> int:
+    """The largest sum of what torch's allocator gives out during `run` beyond what it held before.
+
+    On the CPU it is the sum that `memsave.measure` finds, also where operators run in compiled code.
+    """
+    if device != "cpu":
+        before_bytes = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before_bytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes_bytes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(changes_bytes))
-
-
-def allocator_peak_bytes(step: Step, baseline_bytes: int, device: str) -> int | None:
-    """The largest sum that torch's CUDA allocator gave out in one step, beyond what is not of this step."""
-    if device == "cpu":
-        return None
-    before_bytes = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step.run()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated() - before_bytes + baseline_bytes
 
 
 def turn(case: ModelCase, variant: Variant, device: str, steps: int) -> Sequence[tuple[float, float]]:
