@@ -105,20 +105,21 @@ def draw_steps(shown: Sequence[dict[str, Any]]) -> Figure:
 
 
 def draw_pareto(shown: Sequence[dict[str, Any]]) -> Figure:
-    """A panel for each training step, each variant a point: peak memory and time. A line joins those of which no other
-    is both smaller and faster."""
+    """A panel for each training step, each variant a point with a number: peak memory and time. A line joins those of
+    which no other is both smaller and faster."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.2 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(9, 4.2 * len(shown)), layout="constrained")
     for axes, data in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
         points = sorted((_peak_bytes(r) / MIB, r["median_s"] * 1e3, r["variant"]) for r in data["results"])
-        for mebibytes, milliseconds, variant in points:
+        for number, (mebibytes, milliseconds, variant) in enumerate(points, 1):
             color = TIME if variant.startswith("memsave") else MEMORY
-            axes.plot(mebibytes, milliseconds, "o", color=color)
-            axes.annotate(f" {variant}", (mebibytes, milliseconds), fontsize=7, va="bottom", rotation=20)
+            axes.plot(mebibytes, milliseconds, "o", color=color, label=f"{number}  {variant}")
+            axes.annotate(f" {number}", (mebibytes, milliseconds), fontsize=8, va="bottom")
         best = [p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)]
         axes.plot([p[0] for p in best], [p[1] for p in best], color="gray", linewidth=0.8, linestyle=":", zorder=0)
-        axes.margins(x=0.25, y=0.3)
+        axes.margins(x=0.1, y=0.1)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("peak memory (MiB); less is better")
         axes.set_ylabel("step (ms); less is better")

@@ -192,4 +192,9 @@ def test_the_points_of_a_step_and_the_line_of_the_best() -> None:
     drawn = sorted((float(x), float(y)) for dot in dots for x, y in dot.get_xydata())
     assert drawn == [(1, 3000), (2, 1500), (4, 1000), (4, 2000)]
     assert [tuple(map(float, point)) for point in line.get_xydata()] == [(1, 3000), (2, 1500), (4, 1000)]
-    assert [text.get_text().strip() for text in axes.texts] == ["compiled", "memsave", "plain", "slow"]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["1  compiled", "2  memsave", "3  plain", "4  slow"]
+    assert [(text.get_text().strip(), *map(float, text.xy)) for text in axes.texts][:2] == [
+        ("1", 1, 3000),
+        ("2", 2, 1500),
+    ]
