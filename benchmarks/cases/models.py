@@ -56,6 +56,19 @@ gpt2 = partial(transformer, "GPT2Config", "GPT2Model", _GPT2)
 bert_with_dropout = partial(bert, hidden_dropout_prob=0.1)
 gpt2_with_dropout = partial(gpt2, resid_pdrop=0.1, embd_pdrop=0.1)
 
+# Narrow, but with the proportions of Llama-3.2-1B: grouped heads, MLPs of four times the width, many classes.
+_LLAMA_NARROW = {
+    **_LLAMA,
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+}
+llama_narrow = partial(transformer, "LlamaConfig", "LlamaForCausalLM", _LLAMA_NARROW)
+llama_narrow_blocks = partial(transformer, "LlamaConfig", "LlamaModel", _LLAMA_NARROW)
+
 # The model of examples/train_text.py.
 demo = partial(
     transformer,
@@ -106,6 +119,14 @@ def llama_with_lora() -> nn.Module:
 
     config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
     return peft.get_peft_model(llama(), config)
+
+
+def loss_of_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def hidden_of_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens).last_hidden_state
 
 
 def from_embeddings(model: nn.Module, x: Tensor) -> Tensor:

@@ -19,8 +19,11 @@ from .case import Case, short
 from .models import WIDTH, direct, from_embeddings
 from .variants import (
     ACTIVATIONS,
+    ALL,
+    ALL_SAMPLED,
     CHECKPOINT,
     CHECKPOINT_BLOCKS,
+    COMPILED,
     EXACT,
     LIGER,
     PLAIN,
@@ -82,7 +85,24 @@ class StepCase(ModelCase):
     shape: tuple[int, int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForwardCase(ModelCase):
+    """Forward without gradients on random tokens (B, T).
+
+    Attributes:
+        forward: what of the model's output is used; the rest is dropped.
+    """
+
+    kind: ClassVar[str] = "forward"
+
+    forward: Callable[[nn.Module, Tensor], Tensor]
+    shape: tuple[int, int] = (8, 2048)
+
+
 _RECOMPUTE = (PLAIN, CHECKPOINT, SELECTIVE, EXACT)
+# What a user would pick, and what memsave has, from the fastest to the smallest.
+_STEP = (PLAIN, CHECKPOINT, SELECTIVE, COMPILED, EXACT, ALL, ALL_SAMPLED)
+_NARROW = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 256}
 _TINY = {"shape": (2, 64, WIDTH)}
 _TINY_LLAMA = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 _TINY_BERT = {**_TINY_LLAMA, "num_attention_heads": 4}
@@ -192,7 +212,8 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         devices=("cpu", "cuda"),
         model=models.demo,
         shape=(4, 256),
-        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_DOWN, SAMPLED_PROJECTIONS),
+        variants=(*_STEP, SAMPLED_DOWN, SAMPLED_PROJECTIONS),
+        expected_s=180.0,
         tiny={"model": partial(models.demo, num_hidden_layers=1), "shape": (2, 128)},
     ),
     StepCase(
@@ -202,8 +223,8 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         expected_s=120.0,
         model=models.llama_1b,
         dtype=torch.bfloat16,
-        shape=(4, 2048),
-        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_DOWN, SAMPLED_PROJECTIONS, LIGER),
+        shape=(8, 2048),
+        variants=(*_STEP, SAMPLED_DOWN, SAMPLED_PROJECTIONS, LIGER),
         gate={"model": partial(models.llama_1b, num_hidden_layers=2), "shape": (2, 512)},
         tiny={"model": partial(models.llama_1b, **_TINY_LLAMA), "shape": (2, 128), "gate": {}},
     ),
@@ -215,8 +236,28 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         model=models.bert_large,
         dtype=torch.bfloat16,
         shape=(16, 512),
-        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_ENCODER),
+        variants=(*_STEP, SAMPLED_ENCODER),
         gate={"model": partial(models.bert_large, num_hidden_layers=2), "shape": (4, 512)},
         tiny={"model": partial(models.bert_large, **_TINY_BERT), "shape": (2, 128), "gate": {}},
+    ),
+    ForwardCase(
+        name="forward_llama_blocks",
+        title="forward without gradients of two Llama blocks, fp32",
+        expected_s=120.0,
+        model=models.llama_narrow_blocks,
+        forward=models.hidden_of_tokens,
+        variants=(PLAIN, EXACT),
+        gate={"shape": (1, 512)},
+        tiny={"model": partial(models.llama_narrow_blocks, **_NARROW), "shape": (2, 64), "gate": {}},
+    ),
+    ForwardCase(
+        name="forward_llama_loss",
+        title="loss without gradients of two Llama blocks and 8,192 classes, fp32",
+        expected_s=150.0,
+        model=models.llama_narrow,
+        forward=models.loss_of_tokens,
+        variants=(PLAIN, EXACT),
+        gate={"shape": (1, 512)},
+        tiny={"model": partial(models.llama_narrow, **_NARROW), "shape": (2, 64), "gate": {}},
     ),
 )

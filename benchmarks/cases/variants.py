@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,8 @@ class Variant:
     Attributes:
         apply: changes the plain model in place.
         counts_kept: whether `memsave.saved_bytes` can see what this variant keeps for backward.
+        compiled: whether torch.compile runs it. Under `memsave.measure`, which looks at operators, it would not.
+        within: the settings of torch under which it runs.
         package: a package that it needs. A variant that names one is left out, with the reason, where the package is
             missing or its gradients fail the check; the others are measured all the same.
         patches: the modules that `apply` changes for the whole process; they are put back when the variant is done.
@@ -30,6 +33,8 @@ class Variant:
     name: str
     apply: Callable[[nn.Module], object]
     counts_kept: bool = True
+    compiled: bool = False
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
     package: str | None = None
     patches: tuple[str, ...] = ()
 
@@ -58,6 +63,17 @@ def _selective_checkpointing(model: nn.Module) -> None:
     _enable_checkpointing(model, context_fn=partial(create_selective_checkpoint_contexts, _products()))
 
 
+def _compile(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    model.compile()
+
+
+def _half_of_the_activations() -> AbstractContextManager[object]:
+    import torch._functorch.config as settings
+
+    return settings.patch(activation_memory_budget=0.5)
+
+
 class _CheckpointedBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -81,6 +97,23 @@ def _sample(
     memsave.convert_model(model, config)
 
 
+def exact_configs(
+    model_methods: Sequence[type[memsave.MethodConfig]] | None = None, **mlp_settings: object
+) -> list[memsave.MethodConfig]:
+    """The methods of bare `convert_model`, with other settings for `RecomputeMLPConfig`."""
+    methods = memsave.methods.METHODS if model_methods is None else model_methods
+    defaults = [method for method in methods if method.default]
+    return [method(**(mlp_settings if method.name == "recompute_mlp" else {})) for method in defaults]
+
+
+def _recompute_all(model: nn.Module, **settings: object) -> None:
+    """Without that method the model would be converted as by EXACT, under a wrong name."""
+    configs = exact_configs(recompute="all", **settings)
+    if not any(config.name == "recompute_mlp" for config in configs):
+        raise LookupError("no method named recompute_mlp is applied by a bare convert_model. Nothing was changed.")
+    memsave.convert_model(model, configs)
+
+
 def _liger(model: nn.Module) -> None:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -96,11 +129,20 @@ CHECKPOINT = Variant(name="activation checkpointing", apply=_enable_checkpointin
 CHECKPOINT_BLOCKS = Variant(name="activation checkpointing", apply=_checkpoint_blocks)
 # It keeps tensors in a cache of its own, where no saved-tensors hook sees them.
 SELECTIVE = Variant(name="selective checkpointing", apply=_selective_checkpointing, counts_kept=False)
+COMPILED = Variant(
+    name="torch.compile, activation budget 0.5",
+    apply=_compile,
+    counts_kept=False,
+    compiled=True,
+    within=_half_of_the_activations,
+)
 EXACT = Variant(name="memsave exact", apply=memsave.convert_model)
 ACTIVATIONS = Variant(
     name="memsave recompute_activation",
     apply=partial(memsave.convert_model, configs=memsave.RecomputeActivationConfig()),
 )
+ALL = Variant(name="memsave all", apply=_recompute_all)
+ALL_SAMPLED = Variant(name=f"memsave all + {KEEP_RATIO}", apply=partial(_recompute_all, keep_ratio=KEEP_RATIO))
 SAMPLED = {
     estimator: Variant(name=f"memsave exact + {estimator} {KEEP_RATIO}", apply=partial(_sample, estimator=estimator))
     for estimator in ("pps", "wta_crs", "crs")
