@@ -142,9 +142,10 @@ def restore_model(
 
 def _restore_problems(changes: Sequence[Change], adapters: str | None, allow_lossy: bool) -> list[MemsaveError]:
     problems: list[MemsaveError] = []
-    for name, module, config in changes:
-        if reason := config.why_not_restore(module):
-            problems.append(RestoreError(f"restore_model: {name or 'the model'}: {reason}. {_UNCHANGED}"))
+    reasons = ((name or "the model", config.why_not_restore(module)) for name, module, config in changes)
+    for name, reason in dict.fromkeys(reasons):
+        if reason is not None:
+            problems.append(RestoreError(f"restore_model: {name}: {reason}. {_UNCHANGED}"))
     for name, guarantee in sorted({(c.config.name, c.config.guarantee) for c in changes}):
         if guarantee is Guarantee.ADAPTER and adapters is None:
             problems.append(
@@ -249,7 +250,8 @@ def _problems_of_defaults(plan: _Plan, configs: Sequence[MethodConfig], modules:
     if not (problems or plan.changes or plan.already):
         reasons = [f"{m.names[0]}: {plan.reasons[id(m.module)]}" for m in modules if id(m.module) in plan.reasons]
         why = f": {reasons[0].removeprefix(': ')}" if reasons else ""
-        methods = " or ".join(config.name for config in configs if isinstance(config, TargetedConfig))
+        names = [config.name for config in configs if isinstance(config, TargetedConfig)]
+        methods = f"{', '.join(names[:-1])} or {names[-1]}" if names[1:] else "".join(names)
         problems.append(NoMatchError(f"the model has no module that {methods} can convert{why}. {_UNCHANGED}"))
     return problems
 
@@ -257,7 +259,10 @@ def _problems_of_defaults(plan: _Plan, configs: Sequence[MethodConfig], modules:
 def _conflict(config: MethodConfig, present: dict[str, MethodConfig], module: nn.Module) -> str | None:
     """Say why `config` cannot join the configs that `module` has or will have."""
     earlier = present.get(config.name)
-    if earlier is not None and not (config.replaces_itself and earlier is applied_configs(module).get(config.name)):
+    applied = applied_configs(module).get(config.name)
+    if earlier is not None and earlier is not applied:
+        return f"{config} and {earlier} were both asked for; leave one of them out"
+    if applied is not None and not config.replaces_itself:
         return (
             f"{config} was asked for, but it is converted by {earlier}; restore that one first: "
             f'memsave.restore_model(model, methods=["{config.name}"])'

@@ -146,7 +146,15 @@ def _cells(rows: Sequence[Row], ending: str) -> list[tuple[str, ...]]:
     for row in rows:
         rest = (row.modules, f"x{row.count}", row.kind, row.backend, row.guarantee + ending)
         methods.setdefault(rest, []).append(row.method)
-    return [(_collapsed(list(dict.fromkeys(names))), *rest) for rest, names in methods.items()]
+    return [(_joined(names), *rest) for rest, names in methods.items()]
+
+
+def _joined(methods: Sequence[str]) -> str:
+    """`recompute_{norm,mlp}, share_mask`: names with the same first word as one."""
+    families: dict[str, list[str]] = {}
+    for method in dict.fromkeys(methods):
+        families.setdefault(method.partition("_")[0], []).append(method)
+    return ", ".join(map(_collapsed, families.values()))
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -380,7 +380,7 @@ def test_every_missing_choice_is_named_at_once() -> None:
 
 def test_methods_that_are_not_applied_are_refused() -> None:
     model = two_linears()
-    memsave.convert_model(model)
+    memsave.convert_model(model, norm)
     before = snapshot(model)
     with pytest.raises(RestoreError, match=r"\['wta_crs'\] not applied to this model; it has \['recompute_norm'\]"):
         memsave.restore_model(model, methods=["recompute_norm", "wta_crs"])

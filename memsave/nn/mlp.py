@@ -167,7 +167,8 @@ def _has_hooks(module: nn.Module) -> bool:
 def _works_row_by_row(linear: nn.Module) -> bool:
     """Whether `linear` may be given some rows at a time: there is no adapter, hook or sample that sees all of them."""
     parts = linear.__dict__.get("_memsave_parts", {})
-    return is_linear(linear) and not _has_hooks(linear) and "keep" not in parts
+    own_forward = "forward" in linear.__dict__
+    return is_linear(linear) and not own_forward and not _has_hooks(linear) and "keep" not in parts
 
 
 def _can_leave(parameters: list[Tensor]) -> bool:

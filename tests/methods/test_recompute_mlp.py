@@ -66,7 +66,7 @@ def test_other_settings_replace_the_earlier_ones_and_defaults_do_not() -> None:
     report = memsave.convert_model(model)
     assert model[0]._memsave_parts["recompute"] == "all" and "recompute='all'" in str(model[0])
     assert not report.rows and "already" in str(report)
-    with pytest.raises(memsave.ConflictError, match="was asked for, but it is converted by"):
+    with pytest.raises(memsave.ConversionError, match="were both asked for"):
         memsave.convert_model(model, [RecomputeMLPConfig(), SAMPLED])
 
 
