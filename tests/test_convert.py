@@ -128,9 +128,7 @@ def test_default_methods_that_all_find_nothing_are_one_error(
 def test_without_configs_a_refused_module_is_named(unchanged: Unchanged) -> None:
     model: Any = nn.Sequential(nn.Linear(3, 3))
     model[0].forward = lambda x: x
-    with pytest.raises(
-        NoMatchError, match="linear_cross_entropy can convert: 0: its forward was replaced on the instance"
-    ):
+    with pytest.raises(NoMatchError, match="can convert: 0: its forward was replaced on the instance"):
         convert_model(unchanged(model))
 
 
@@ -169,7 +167,7 @@ def test_several_devices_are_converted_and_named() -> None:
 def test_a_model_with_nothing_to_convert_is_an_error(unchanged: Unchanged) -> None:
     with pytest.raises(
         NoMatchError,
-        match="the model has no module that recompute_norm, .* or linear_cross_entropy can convert. The model",
+        match="no module that recompute_norm, .* or linear_cross_entropy can convert. The",
     ):
         convert_model(unchanged(nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 1))))
 
