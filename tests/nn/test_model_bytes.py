@@ -7,13 +7,10 @@ and up, and a number per norm and head in fp32. k heads for keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 
 import memsave
-from memsave.methods import METHODS
 
 transformers = pytest.importorskip("transformers", reason="the models come from transformers (extra: hf)")
 
@@ -54,8 +51,8 @@ def test_a_bf16_llama_layer_keeps_nothing_upcast() -> None:
     assert ours <= 2 * (6 * D + 4 * F + 2 * HEADS + 4 + 2 * D / TOKENS)
 
 
-def layers_kept(dtype: torch.dtype, *, padded: bool, configs: Sequence[memsave.MethodConfig] | None) -> float:
-    """Elements per token that one more layer of a Llama with grouped heads keeps; no configs, no conversion."""
+def layers_kept(dtype: torch.dtype, *conversions: memsave.MethodConfig | None, padded: bool) -> float:
+    """Elements per token that one more layer of a Llama with grouped heads keeps, after these calls of convert_model."""
     totals = []
     for layers in (2, 3):
         config = transformers.LlamaConfig(
@@ -67,7 +64,7 @@ def layers_kept(dtype: torch.dtype, *, padded: bool, configs: Sequence[memsave.M
             num_key_value_heads=KV_HEADS,
         )
         model = transformers.LlamaModel(config).to(dtype)
-        if configs != ():
+        for configs in conversions:
             memsave.convert_model(model, configs)
         x = torch.randn(2, TOKENS // 2, D).to(dtype).requires_grad_()
         mask = torch.ones(2, TOKENS // 2, dtype=torch.int64)
@@ -77,20 +74,15 @@ def layers_kept(dtype: torch.dtype, *, padded: bool, configs: Sequence[memsave.M
     return (totals[1] - totals[0]) / TOKENS / dtype.itemsize
 
 
-def everything(recompute: str) -> list[memsave.MethodConfig]:
-    """All default methods, with this setting of recompute_mlp."""
-    settings = {memsave.RecomputeMLPConfig: {"recompute": recompute}}
-    return [method(**settings.get(method, {})) for method in METHODS if method.default]
-
-
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_llama_layer_keeps_exactly_what_it_must(dtype: torch.dtype, padded: bool) -> None:
     """(4 + 2 k/h) d + 2f, and (h + 2) numbers in fp32; the mask once per model; recompute="all" without 2f."""
     copies_of_weights = 2 * D / TOKENS
     must = (4 + 2 * KV_HEADS / HEADS) * D + (HEADS + 2) * 4 / dtype.itemsize + copies_of_weights
-    assert layers_kept(dtype, padded=padded, configs=None) == pytest.approx(must + 2 * F, abs=1e-9)
-    assert layers_kept(dtype, padded=padded, configs=everything("all")) == pytest.approx(must, abs=1e-9)
+    everything = memsave.RecomputeMLPConfig(recompute="all")
+    assert layers_kept(dtype, None, padded=padded) == pytest.approx(must + 2 * F, abs=1e-9)
+    assert layers_kept(dtype, None, everything, padded=padded) == pytest.approx(must, abs=1e-9)
 
 
 def test_without_grouped_heads_half_of_the_bytes_are_left() -> None:
