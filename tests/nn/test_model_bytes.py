@@ -52,7 +52,7 @@ def test_a_bf16_llama_layer_keeps_nothing_upcast() -> None:
 
 
 def layers_kept(dtype: torch.dtype, *conversions: memsave.MethodConfig | None, padded: bool) -> float:
-    """Elements per token that one more layer of a Llama with grouped heads keeps, after these calls of convert_model."""
+    """Elements per token that one more layer of a Llama with grouped heads keeps, after calls of convert_model."""
     totals = []
     for layers in (2, 3):
         config = transformers.LlamaConfig(
