@@ -26,7 +26,7 @@ MISTAKES = {
         "signed integer",
     ),
     "logit_statistics": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
-    "logit_statistics_backward": ("target < start + n) values", "target >= 0) values", "stack-buffer-overflow"),
+    "logit_statistics_backward": ("n = std::min(kBlock, job.columns - start)", "n = kBlock", "heap-buffer-overflow"),
     "rms_norm": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
     "rms_norm_backward": (
         "return std::max<int64_t>(1, memsave",
