@@ -61,9 +61,7 @@ class Vocabulary:
         every = mine.new_empty(dist.get_world_size(self.group), *mine.shape)  # (R, 4, C)
         dist.all_gather_into_tensor(every.flatten(0, 1), mine, group=self.group)
         peaks, log_sums, at_target, total = every.unbind(1)  # (R, C)
-        # Where a process has no finite logit, its peak of 0 stands for nothing.
-        peak = torch.where(log_sums == -torch.inf, -torch.inf, peaks).amax(0)
-        peak = torch.where(peak == -torch.inf, 0.0, peak)
+        peak = peaks.amax(0)  # 0 from a process without a finite logit: any common peak will do
         return Statistics(peak, (log_sums + peaks - peak).logsumexp(0), at_target.sum(0), total.sum(0))
 
     def add_up_(self, gradient: Tensor) -> None:

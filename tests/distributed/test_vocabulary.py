@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from memsave import linear_cross_entropy
 
@@ -66,13 +69,43 @@ def test_a_process_group_under_a_compiler_is_refused() -> None:
         torch.func.grad(lambda h: linear_cross_entropy(h, weight, target, process_group="any"))(hidden)
 
 
-def test_a_sharded_weight_is_refused(tmp_path: Path) -> None:
+class Model(nn.Module):
+    """Calls the function in its own forward, with the weight of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(D, D), nn.Linear(D, V)
+
+    def forward(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return linear_cross_entropy(self.body(x), self.head.weight, target, self.head.bias, **options).mean()
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        weight = DTensor.from_local(torch.ones(V, D), init_device_mesh("cpu", (1,)))
-        with pytest.raises(
-            ValueError, match=r"not a DTensor: call it where FSDP has gathered the weight.*to_local\(\)"
-        ):
-            linear_cross_entropy(torch.ones(3, D), weight, torch.zeros(3, dtype=torch.int64))
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wrap", [fully_shard, nn.parallel.DistributedDataParallel])
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_in_the_forward_of_a_wrapped_model(wrap: Any, reduction: str) -> None:
+    plain, wrapped = Model(), wrap(Model())
+    x, target = torch.randn(7, D), torch.arange(7)
+    losses = [model(x, target, reduction=reduction) for model in (plain, wrapped)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    found = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in wrapped.parameters()]
+    torch.testing.assert_close(found, [p.grad for p in plain.parameters()])
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_sharded_weight_is_refused() -> None:
+    weight = fully_shard(Model()).head.weight
+    expected = r"not a DTensor: call it where FSDP has gathered the weight.*to_local\(\)"
+    with pytest.raises(ValueError, match=expected):
+        linear_cross_entropy(torch.ones(3, D), weight, torch.zeros(3, dtype=torch.int64))

@@ -34,7 +34,7 @@ MISTAKES = {
         "signed integer",
     ),
     "logit_statistics": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
-    "logit_statistics_backward": ("target < start + n) values", "target >= 0) values", "stack-buffer-overflow"),
+    "logit_statistics_backward": ("n = std::min(kBlock, job.columns - start)", "n = kBlock", "heap-buffer-overflow"),
     "rms_norm": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
     "rms_norm_backward": ("columns, 1, element_bytes", "columns, 0, element_bytes", "heap-buffer-overflow"),
     "layer_norm_backward": ("columns, 2, 4)", "columns, 1, 4)", "heap-buffer-overflow"),
