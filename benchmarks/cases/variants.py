@@ -129,12 +129,14 @@ CHECKPOINT = Variant(name="activation checkpointing", apply=_enable_checkpointin
 CHECKPOINT_BLOCKS = Variant(name="activation checkpointing", apply=_checkpoint_blocks)
 # It keeps tensors in a cache of its own, where no saved-tensors hook sees them.
 SELECTIVE = Variant(name="selective checkpointing", apply=_selective_checkpointing, counts_kept=False)
+# "torch": where there is no compiler for it, the other variants are measured all the same.
 COMPILED = Variant(
     name="torch.compile, activation budget 0.5",
     apply=_compile,
     counts_kept=False,
     compiled=True,
     within=_half_of_the_activations,
+    package="torch",
 )
 EXACT = Variant(name="memsave exact", apply=memsave.convert_model)
 ALL = Variant(name="memsave all", apply=_recompute_all)
