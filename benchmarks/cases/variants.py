@@ -106,9 +106,9 @@ def exact_configs(
     return [method(**(mlp_settings if method.name == "recompute_mlp" else {})) for method in defaults]
 
 
-def _recompute_all(model: nn.Module, **settings: object) -> None:
+def _recompute_all(model: nn.Module, keep_ratio: float = 1.0) -> None:
     """Without that method the model would be converted as by EXACT, under a wrong name."""
-    configs = exact_configs(recompute="all", **settings)
+    configs = exact_configs(recompute="all", keep_ratio=keep_ratio, target_modules=r".*")
     if not any(config.name == "recompute_mlp" for config in configs):
         raise LookupError("no method named recompute_mlp is applied by a bare convert_model. Nothing was changed.")
     memsave.convert_model(model, configs)
