@@ -34,9 +34,9 @@ def check_exact(
     sampled: Set[str],
     dtype: torch.dtype,
 ) -> float:
-    """The largest error of a gradient that is not sampled, over that of the plain model in the same dtype.
+    """The largest error of a gradient (or output) that is not sampled, over the plain model's in the same dtype.
 
-    Both errors get a rounding step of the gradient's norm added, so that a lucky plain model does not count.
+    Both errors get a rounding step of its norm added, so that a lucky plain model does not count.
     """
     if found.keys() != truth.keys():
         raise CheckFailed(f"{variant}: gradients of {sorted(found.keys() ^ truth.keys())} are missing or too many")
@@ -45,7 +45,7 @@ def check_exact(
         step = torch.finfo(dtype).eps * truth[name].norm() + torch.finfo(dtype).tiny
         ratio = float(((found[name] - truth[name]).norm() + step) / ((plain[name] - truth[name]).norm() + step))
         if not ratio <= ERROR_BUDGET:
-            raise CheckFailed(f"{variant}: the gradient of {name} has {ratio:.2f}x the plain model's error")
+            raise CheckFailed(f"{variant}: its result for {name} has {ratio:.2f}x the plain model's error")
         largest = max(largest, ratio)
     return largest
 

@@ -61,7 +61,7 @@ def apply_exact(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
 
 def apply_all(model: LlamaForCausalLM, options: argparse.Namespace, keep_ratio: float = 1.0) -> None:
     """The exact methods, and of each MLP only the input is kept: backward computes all of it again."""
-    mlp = memsave.RecomputeMLPConfig(recompute="all", keep_ratio=keep_ratio)
+    mlp = memsave.RecomputeMLPConfig(recompute="all", keep_ratio=keep_ratio, target_modules=r".*")
     others = [method() for method in memsave.methods.METHODS if method.default and method is not type(mlp)]
     print(memsave.convert_model(model, [*others, mlp]))
 

@@ -106,9 +106,9 @@ def exact_configs(
     return [method(**(mlp_settings if method.name == "recompute_mlp" else {})) for method in defaults]
 
 
-def _recompute_all(model: nn.Module, **settings: object) -> None:
+def _recompute_all(model: nn.Module, keep_ratio: float = 1.0) -> None:
     """Without that method the model would be converted as by EXACT, under a wrong name."""
-    configs = exact_configs(recompute="all", **settings)
+    configs = exact_configs(recompute="all", keep_ratio=keep_ratio, target_modules=r".*")
     if not any(config.name == "recompute_mlp" for config in configs):
         raise LookupError("no method named recompute_mlp is applied by a bare convert_model. Nothing was changed.")
     memsave.convert_model(model, configs)
@@ -129,12 +129,14 @@ CHECKPOINT = Variant(name="activation checkpointing", apply=_enable_checkpointin
 CHECKPOINT_BLOCKS = Variant(name="activation checkpointing", apply=_checkpoint_blocks)
 # It keeps tensors in a cache of its own, where no saved-tensors hook sees them.
 SELECTIVE = Variant(name="selective checkpointing", apply=_selective_checkpointing, counts_kept=False)
+# "torch": where there is no compiler for it, the other variants are measured all the same.
 COMPILED = Variant(
     name="torch.compile, activation budget 0.5",
     apply=_compile,
     counts_kept=False,
     compiled=True,
     within=_half_of_the_activations,
+    package="torch",
 )
 EXACT = Variant(name="memsave exact", apply=memsave.convert_model)
 ACTIVATIONS = Variant(

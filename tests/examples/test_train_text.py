@@ -81,9 +81,10 @@ def test_exact_variants_compute_what_plain_does_and_sampling_does_not(job: tuple
 
 def test_bytes_are_ordered_as_the_methods_promise(job: tuple[dict[str, Any], str, Path]) -> None:
     kept = {name: result["kept_bytes"] for name, result in by_variant(job[0]).items()}
-    assert kept["checkpoint"] < kept["all+wta_crs"] <= kept["all"] < kept["exact"] < kept["plain"]
+    assert kept["checkpoint"] < kept["all"] < kept["exact"] < kept["plain"]
+    assert 0 <= kept["all+wta_crs"] - kept["all"] <= 2 * 8  # no rows, but for each of the two layers a seed
     peak = {name: result["peak_bytes"] for name, result in by_variant(job[0]).items()}
-    assert peak["checkpoint"] < peak["all"] <= peak["exact"] < peak["plain"]
+    assert peak["all"] <= peak["exact"] < peak["plain"] > peak["checkpoint"]
 
 
 def test_the_measured_step_is_a_steady_one(job: tuple[dict[str, Any], str, Path]) -> None:
