@@ -152,12 +152,12 @@ CASES = [
     MethodCase("fewer_rows_than_min_rows", linear, (sampled(min_rows=200),)),
     MethodCase("ratio_one", linear, (sampled(keep_ratio=1),)),
     MethodCase("frozen", frozen, (sampled(),)),
-    MethodCase("linear", linear, BOTH, gradients="sampled"),
     MethodCase("dropout", lambda: nn.Dropout(0.1), DROPOUT),
-    MethodCase("odd_dropout", lambda: nn.Dropout(0.7), DROPOUT, shape=(3, 5, 19)),
+    MethodCase("matrix_dropout", lambda: nn.Dropout(0.7), DROPOUT, shape=(64, WIDTH)),
     MethodCase("dropout_of_one_row", nn.Dropout, DROPOUT, shape=(WIDTH,)),
     MethodCase("dropout_of_nothing", lambda: nn.Dropout(0.0), DROPOUT),
     MethodCase("linear", linear, DROPOUT),
+    MethodCase("linear", linear, BOTH, gradients="sampled"),
 ]
 
 NOTED_CASES = [
@@ -172,5 +172,4 @@ NOTED_CASES = [
     NotedCase("layer_norm", lambda: nn.LayerNorm(WIDTH), BOTH, copies=2),
     NotedCase("three_linears", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1, linears=(linear, linear, linear)),
     NotedCase("dropout", norm_then_dropout, NORM_AND_DROPOUT, copies=2),
-    NotedCase("dropout", norm_then_dropout, (*NORM_AND_DROPOUT, sampled()), copies=2, linears=(linear, linear)),
 ]
