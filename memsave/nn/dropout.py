@@ -102,6 +102,7 @@ class ConvertedDropout(Converted):
         return (
             not plain(x)
             and not is_traceable_wrapper_subclass(x)
+            and x.device.type in ("cpu", "cuda", "meta")  # of others it is not known how torch draws
             and torch.is_grad_enabled()
             and self.training
             and 0 < self.p < 1

@@ -228,7 +228,6 @@ CASES = [
     MethodCase("fewer_rows_than_min_rows", linear, (sampled(min_rows=200),)),
     MethodCase("ratio_one", linear, (sampled(keep_ratio=1),)),
     MethodCase("frozen", frozen, (sampled(),)),
-    MethodCase("linear", linear, BOTH, gradients="sampled"),
     MethodCase("gelu", nn.GELU, ACTIVATION),
     MethodCase("gelu_tanh", lambda: nn.GELU(approximate="tanh"), ACTIVATION),
     MethodCase("silu", nn.SiLU, ACTIVATION),
@@ -240,13 +239,14 @@ CASES = [
     MethodCase("linear", linear, ACTIVATION),
     MethodCase("conv1d", conv1d, ACTIVATION),
     MethodCase("dropout", lambda: nn.Dropout(0.1), DROPOUT),
-    MethodCase("odd_dropout", lambda: nn.Dropout(0.7), DROPOUT, shape=(3, 5, 19)),
+    MethodCase("matrix_dropout", lambda: nn.Dropout(0.7), DROPOUT, shape=(64, WIDTH)),
     MethodCase("dropout_of_one_row", nn.Dropout, DROPOUT, shape=(WIDTH,)),
     MethodCase("dropout_of_nothing", lambda: nn.Dropout(0.0), DROPOUT),
     MethodCase("linear", linear, DROPOUT),
     MethodCase("head", head, LAZY),
     MethodCase("head_without_bias", lambda: nn.Linear(WIDTH, CLASSES, bias=False), LAZY),
     MethodCase("head", head, (*EXACT, *LAZY)),
+    MethodCase("linear", linear, BOTH, gradients="sampled"),
 ]
 
 NOTED_CASES = [
@@ -266,5 +266,4 @@ NOTED_CASES = [
     NotedCase("relu_squared", by_name("relu2"), ACTIVATION, copies=0),
     NotedCase("gelu", nn.GELU, (*ACTIVATION, sampled()), copies=0),
     NotedCase("dropout", norm_then_dropout, NORM_AND_DROPOUT, copies=2),
-    NotedCase("dropout", norm_then_dropout, (*NORM_AND_DROPOUT, sampled()), copies=2, linears=(linear, linear)),
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import memsave
-from memsave import LinearCrossEntropyConfig, MethodConfig, WTACRSConfig
+from memsave import LinearCrossEntropyConfig, MethodConfig, RecomputeDropoutConfig, WTACRSConfig
 
 from ..cases.methods import CASES, NOTED_CASES, SHAPE, WIDTH, MethodCase, NotedCase
 from ..test_methods import Fan
@@ -58,6 +58,7 @@ class Row:
         convert: converts it in place.
         batch: the input of one rank at one step.
         exact: whether all gradients are those of the plain model; None where its parameters are others.
+        random: whether the plain model draws, too: then no joined batch does what the ranks do.
         tolerance: relative error that rounding may cause in losses and weights.
     """
 
@@ -67,6 +68,7 @@ class Row:
     batch: Callable[[int, int], Tensor]
     exact: bool | None
     tolerance: float = 1e-9
+    random: bool = False
 
     def plain(self) -> nn.Module:
         """The plain model, with the same random weights at every call."""
@@ -109,6 +111,7 @@ def _stack(case: MethodCase | NotedCase) -> Row:
         batch,
         exact=not sampled,
         tolerance=1e-9 if case.precision is torch.float64 else 1e-4,
+        random=any(isinstance(config, RecomputeDropoutConfig) for config in case.configs),
     )
 
 
