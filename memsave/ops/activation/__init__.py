@@ -22,9 +22,12 @@ _op = register(
 )
 
 
+_NUMBERS = frozenset(map(int, Activation))
+
+
 def check_kind(kind: int) -> None:
     """Raises ValueError for a number that is no `Activation`."""
-    if kind not in list(Activation):
+    if kind not in _NUMBERS:
         raise ValueError(f"kind must be one of {', '.join(f'{a.name} ({a:d})' for a in Activation)}; got {kind!r}.")
 
 
