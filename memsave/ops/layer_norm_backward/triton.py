@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..rms_norm.triton import TRITON_DTYPES, tile
-from ..rms_norm_backward.triton import FLUSH_ROWS, group_rows
+from ..rms_norm_backward.triton import flush_rows, group_rows
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def launch(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`layer_norm_backward` on a GPU: (N, D), (N, D), (N,), (D,) or None -> dx (N, D), dweight and dbias (D,) or (0,)."""
+    """`layer_norm_backward` on a GPU: dy, x (N, D), rstd (N,), weight (D,) or None -> dx (N, D) and two sums."""
     n, features = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     needed = (needs_dweight, needs_dbias)
@@ -110,7 +110,7 @@ def launch(
             NEEDS_SUMS=sums is not None,
             WIDE=TRITON_DTYPES[rstd.dtype],
             BLOCK=block,
-            FLUSH=FLUSH_ROWS,
+            FLUSH=flush_rows(rows),
             num_warps=warps,
         )
         dweight, dbias = (

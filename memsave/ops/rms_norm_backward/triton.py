@@ -9,6 +9,8 @@ up to 16,384 features in registers alone.
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,6 @@ from ..rms_norm.style import Style
 from ..rms_norm.triton import TRITON_DTYPES, tile
 
 MAX_GROUPS = 512
-FLUSH_ROWS = 32  # added to each other before they are added to their group's sum: errors grow with the length of a sum
 ONE_PLUS = tl.constexpr(int(Style.ONE_PLUS))
 
 
@@ -75,6 +76,14 @@ def group_rows(n: int) -> int:
     return triton.cdiv(n, MAX_GROUPS)
 
 
+def flush_rows(rows: int) -> int:
+    """How many of a group's rows are added to each other before they are added to its total, a power of two.
+
+    About the root of their number, because rounding errors grow with the length of either sum.
+    """
+    return triton.next_power_of_2(isqrt(rows - 1) + 1)
+
+
 def launch(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -114,7 +123,7 @@ def launch(
             NEEDS_DWEIGHT=sums is not None,
             WIDE=TRITON_DTYPES[rstd.dtype],
             BLOCK=block,
-            FLUSH=FLUSH_ROWS,
+            FLUSH=flush_rows(rows),
             num_warps=warps,
         )
         if weight is None or sums is None:
