@@ -253,6 +253,41 @@ def check_logits(**inputs: Any) -> None:
         assert_within_budget(f, e, p)
 
 
+def layer_norm_inputs(device: str, N: int, D: int, dtype: torch.dtype) -> Inputs:
+    """x and dy (N, D), weight and bias (D,), and what torch's own gradients are called with, its mean and rstd."""
+    inputs = {name: norm_inputs(device, N, D, dtype)[name] for name in ("x", "dy", "weight")}
+    inputs["bias"] = inputs["weight"].flip(0)
+    _, mean, torch_rstd = torch.native_layer_norm(inputs["x"], (D,), inputs["weight"], inputs["bias"], 1e-5)
+    rstd = ops.layer_norm(inputs["x"], inputs["weight"], inputs["bias"], 1e-5)[1]
+    settings = {"eps": 1e-5, "widen": False, "needs_dweight": True, "needs_dbias": True}
+    return {**inputs, "rstd": rstd, "mean": mean, "torch_rstd": torch_rstd, **settings}
+
+
+def functional_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, **_: Any) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def native_layer_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, torch_rstd: Tensor, weight: Tensor, bias: Tensor, **_: Any
+) -> Any:
+    """torch's own gradients, from both statistics."""
+    args = dy, x, weight.shape, mean, torch_rstd, weight, bias
+    return torch.ops.aten.native_layer_norm_backward(*args, [True] * 3)
+
+
+def check_layer_norm(**inputs: Any) -> None:
+    """The output and all gradients within the error budget."""
+    names = ("x", "weight", "bias", "eps", "widen")
+    back = ("dy", "x", "rstd", "weight", "needs_dweight", "needs_dbias")
+    found = *ops.layer_norm(*map(inputs.get, names)), *ops.layer_norm_backward(*map(inputs.get, back))
+    wide = in_fp64(inputs)
+    with ops.use_reference():
+        plain = *ops.layer_norm(*map(inputs.get, names)), *ops.layer_norm_backward(*map(inputs.get, back))
+        exact = *ops.layer_norm(*map(wide.get, names)), *ops.layer_norm_backward(*map(wide.get, back))
+    for f, e, p in zip(found, exact, plain, strict=True):
+        assert_within_budget(f, e, p)
+
+
 def draw(x: Tensor, seed: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     """Row norms, inclusion probabilities and the draw: rows (k,) and scale (k,) of x (N, D)."""
     return KeepRows(KEEP_RATIO, 1, "pps").draw(x, seed)
@@ -422,10 +457,29 @@ OP_CASES: tuple[OpCase, ...] = (
         tiny=_TINY_ND,
     ),
     for_op(
+        "layer_norm",
+        kernels=False,
+        peers={"torch's layer_norm": functional_layer_norm},
+        title="LayerNorm, which on the CPU is torch's own",
+        inputs=layer_norm_inputs,
+        check=check_layer_norm,
+        sizes=_NORM_SIZES,
+        tiny=_TINY_ND,
+    ),
+    for_op(
         "masked_scale",
         peers={"x * noise": lambda x, noise, **_: x * noise},
         title="the product with a packed mask, beside that with noise in the dtype of x",
         inputs=masked_inputs,
+        sizes=_NORM_SIZES,
+        tiny=_TINY_ND,
+    ),
+    for_op(
+        "layer_norm_backward",
+        peers={"torch's own": native_layer_norm_backward},
+        title="the gradients of LayerNorm; in bf16 torch's own add up those of weight and bias in bf16",
+        inputs=layer_norm_inputs,
+        check=check_layer_norm,
         sizes=_NORM_SIZES,
         tiny=_TINY_ND,
     ),

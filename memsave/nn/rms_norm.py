@@ -56,12 +56,17 @@ def eps_of(module: nn.Module) -> float | None:
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether `module` looks like an RMSNorm: its class's name, and at most one parameter, a 1-D `weight`."""
+    """Whether `module` may be an RMSNorm: by its class's name, and at most one parameter, a 1-D `weight`.
+
+    Families that follow T5 call theirs a LayerNorm; what it computes is `rms_norm_style`'s to find out.
+    """
     cls = original_class(module)
-    named = "RMSNorm" in cls.__name__ or cls.__name__.endswith("T5LayerNorm")
+    if cls is nn.RMSNorm:
+        return True
     weight = module._parameters.get("weight")
+    named = "RMSNorm" in cls.__name__ or ("Norm" in cls.__name__ and weight is not None)
     alone = set(module._parameters) <= {"weight"} and not module._buffers and not module._modules
-    return cls is nn.RMSNorm or (named and alone and (weight is None or weight.dim() == 1))
+    return named and alone and not isinstance(module, nn.LayerNorm) and (weight is None or weight.dim() == 1)
 
 
 _styles: dict[tuple[object, ...], Style | None] = {}

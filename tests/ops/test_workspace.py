@@ -95,7 +95,25 @@ def logit_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found
 
 
-CALLS = calls() | norm_calls() | bit_calls() | logit_calls()
+def layer_norm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every dtype and mixture of dtypes of LayerNorm, and its gradients with and without those of the parameters."""
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for dtype in FLOATS:
+        x, dy = matrix(400, 96, dtype), matrix(400, 96, dtype, value=5)
+        rstd = torch.ones(400, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for of in (None, dtype, torch.float32):
+            weight = None if of is None else torch.ones(96, dtype=of)
+            for flag in (True, False):
+                name = f"{short(dtype)}-{of}-{flag}"
+                found[f"layer_norm-{name}"] = "layer_norm", (x, weight, weight, 1e-5, flag)
+                found[f"layer_norm_backward-{name}"] = "layer_norm_backward", (dy, x, rstd, weight, flag, flag)
+        found[f"layer_norm-transposed-{short(dtype)}"] = "layer_norm", (x.t(), None, None, 1e-5, False)
+        transposed = dy.t(), x.t(), rstd[:96], None, True, False
+        found[f"layer_norm_backward-transposed-{short(dtype)}"] = "layer_norm_backward", transposed
+    return found
+
+
+CALLS = calls() | norm_calls() | layer_norm_calls() | bit_calls() | logit_calls()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

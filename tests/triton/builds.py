@@ -95,9 +95,9 @@ def norm_builds() -> list[Build]:
             ones = dict.fromkeys(("stride_d", "stride_x_d", "stride_dy_d", "stride_w", "stride_b", "stride_rstd"), 1)
             rounded = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
             flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "NEEDS_DWEIGHT", "NEEDS_SUMS"), True)
-            flags |= {"STYLE": style, "ROUNDED": rounded, "BLOCK": block, "FLUSH": backward.FLUSH_ROWS}
+            flags |= {"STYLE": style, "ROUNDED": rounded, "BLOCK": block}
             flags |= {"EPS": 1e-5, "WIDE": tl.float32, "PRODUCT": tl.float32}
-            for kernel in kernels:
+            for kernel in kernels if features <= 8192 else kernels[:3]:  # LayerNorm's gradients have two sums to hold
                 names = set(kernel.arg_names)
                 builds.append(
                     Build(

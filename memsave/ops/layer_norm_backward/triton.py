@@ -1,7 +1,7 @@
 """Triton kernel of `layer_norm_backward`: each program takes a group of rows and sums their part of dweight and dbias.
 
 Shapes: dy and x (N, D), rstd (N,), weight (D,) or None, results dx (N, D), dweight and dbias (D,). The groups depend on
-N alone and torch adds their sums, so the result is the same every time. A program holds a whole row, up to 16,384
+N alone and torch adds their sums, so the result is the same every time. A program holds a whole row, up to 8,192
 features in registers alone.
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..rms_norm.triton import TRITON_DTYPES, tile
-from ..rms_norm_backward.triton import FLUSH_ROWS, group_rows
+from ..rms_norm_backward.triton import group_rows
 
 
 @triton.jit
@@ -38,33 +38,26 @@ def backward_kernel(
     NEEDS_SUMS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    FLUSH: tl.constexpr,
 ):
     """dx of `rows` rows; over them sums[group, 0] = the sum of dy * xhat, sums[group, 1] = that of dy."""
     group = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
     wide_d = d.to(tl.int64)
-    last = tl.minimum(group * rows + rows, N)
     products = tl.zeros([BLOCK], WIDE)
     dys = tl.zeros([BLOCK], WIDE)
-    for start in range(group * rows, last, FLUSH):
-        recent_products = tl.zeros([BLOCK], WIDE)
-        recent_dys = tl.zeros([BLOCK], WIDE)
-        for r in range(start, tl.minimum(start + FLUSH, last)):
-            root = tl.load(rstd + r * stride_rstd)
-            wide = tl.load(x + r * stride_x_n + wide_d * stride_x_d, mask=inside, other=0.0).to(WIDE)
-            xhat = tl.where(inside, (wide - tl.sum(wide) / D) * root, 0.0)
-            dxhat = tl.load(dy + r * stride_dy_n + wide_d * stride_dy_d, mask=inside, other=0.0).to(WIDE)
-            if NEEDS_SUMS:
-                recent_products += dxhat * xhat
-                recent_dys += dxhat
-            if HAS_WEIGHT:
-                dxhat *= tl.load(weight + d * stride_w, mask=inside, other=0.0).to(WIDE)
-            rest = dxhat - tl.sum(dxhat) / D - xhat * (tl.sum(dxhat * xhat) / D)
-            tl.store(dx + r * D + d, (rest * root).to(dx.dtype.element_ty), mask=inside)
-        products += recent_products
-        dys += recent_dys
+    for r in range(group * rows, tl.minimum(group * rows + rows, N)):
+        root = tl.load(rstd + r * stride_rstd)
+        wide = tl.load(x + r * stride_x_n + wide_d * stride_x_d, mask=inside, other=0.0).to(WIDE)
+        xhat = tl.where(inside, (wide - tl.sum(wide) / D) * root, 0.0)
+        dxhat = tl.load(dy + r * stride_dy_n + wide_d * stride_dy_d, mask=inside, other=0.0).to(WIDE)
+        if NEEDS_SUMS:
+            products += dxhat * xhat
+            dys += dxhat
+        if HAS_WEIGHT:
+            dxhat *= tl.load(weight + d * stride_w, mask=inside, other=0.0).to(WIDE)
+        rest = dxhat - tl.sum(dxhat) / D - xhat * (tl.sum(dxhat * xhat) / D)
+        tl.store(dx + r * D + d, (rest * root).to(dx.dtype.element_ty), mask=inside)
     if NEEDS_SUMS:
         tl.store(sums + group * 2 * D + d, products, mask=inside)
         tl.store(sums + group * 2 * D + D + d, dys, mask=inside)
@@ -78,7 +71,7 @@ def launch(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`layer_norm_backward` on a GPU: (N, D), (N, D), (N,), (D,) or None -> dx (N, D), dweight and dbias (D,) or (0,)."""
+    """`layer_norm_backward` on a GPU: dy, x (N, D), rstd (N,), weight (D,) or None -> dx (N, D) and two sums."""
     n, features = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     needed = (needs_dweight, needs_dbias)
@@ -110,7 +103,6 @@ def launch(
             NEEDS_SUMS=sums is not None,
             WIDE=TRITON_DTYPES[rstd.dtype],
             BLOCK=block,
-            FLUSH=FLUSH_ROWS,
             num_warps=warps,
         )
         dweight, dbias = (

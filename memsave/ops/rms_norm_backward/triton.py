@@ -16,8 +16,7 @@ import triton.language as tl
 from ..rms_norm.style import Style
 from ..rms_norm.triton import TRITON_DTYPES, tile
 
-MAX_GROUPS = 512
-FLUSH_ROWS = 32  # added to each other before they are added to their group's sum: errors grow with the length of a sum
+MIN_GROUPS, MAX_ROWS = 512, 64  # many groups occupy a GPU; rounding errors grow with the rows that one adds up
 ONE_PLUS = tl.constexpr(int(Style.ONE_PLUS))
 
 
@@ -43,36 +42,31 @@ def backward_kernel(
     NEEDS_DWEIGHT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    FLUSH: tl.constexpr,
 ):
     """dx of `rows` rows, and sums[group] = the sum over them of dy * xhat."""
     group = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
     wide_d = d.to(tl.int64)
-    last = tl.minimum(group * rows + rows, N)
     total = tl.zeros([BLOCK], WIDE)
-    for start in range(group * rows, last, FLUSH):
-        recent = tl.zeros([BLOCK], WIDE)
-        for r in range(start, tl.minimum(start + FLUSH, last)):
-            root = tl.load(rstd + r * stride_rstd)
-            xhat = tl.load(x + r * stride_x_n + wide_d * stride_x_d, mask=inside, other=0.0).to(WIDE) * root
-            dxhat = tl.load(dy + r * stride_dy_n + wide_d * stride_dy_d, mask=inside, other=0.0).to(WIDE)
-            if NEEDS_DWEIGHT:
-                recent += dxhat * xhat
-            if HAS_WEIGHT:
-                scale = tl.load(weight + d * stride_w, mask=inside, other=0.0).to(WIDE)
-                dxhat *= scale + 1.0 if STYLE == ONE_PLUS else scale
-            mean = tl.sum(dxhat * xhat) / D
-            tl.store(dx + r * D + d, ((dxhat - xhat * mean) * root).to(dx.dtype.element_ty), mask=inside)
-        total += recent
+    for r in range(group * rows, tl.minimum(group * rows + rows, N)):
+        root = tl.load(rstd + r * stride_rstd)
+        xhat = tl.load(x + r * stride_x_n + wide_d * stride_x_d, mask=inside, other=0.0).to(WIDE) * root
+        dxhat = tl.load(dy + r * stride_dy_n + wide_d * stride_dy_d, mask=inside, other=0.0).to(WIDE)
+        if NEEDS_DWEIGHT:
+            total += dxhat * xhat
+        if HAS_WEIGHT:
+            scale = tl.load(weight + d * stride_w, mask=inside, other=0.0).to(WIDE)
+            dxhat *= scale + 1.0 if STYLE == ONE_PLUS else scale
+        mean = tl.sum(dxhat * xhat) / D
+        tl.store(dx + r * D + d, ((dxhat - xhat * mean) * root).to(dx.dtype.element_ty), mask=inside)
     if NEEDS_DWEIGHT:
         tl.store(sums + group * D + d, total, mask=inside)
 
 
 def group_rows(n: int) -> int:
     """How many rows each program takes."""
-    return triton.cdiv(n, MAX_GROUPS)
+    return min(triton.cdiv(n, MIN_GROUPS), MAX_ROWS)
 
 
 def launch(
@@ -114,7 +108,6 @@ def launch(
             NEEDS_DWEIGHT=sums is not None,
             WIDE=TRITON_DTYPES[rstd.dtype],
             BLOCK=block,
-            FLUSH=FLUSH_ROWS,
             num_warps=warps,
         )
         if weight is None or sums is None:

@@ -1,6 +1,7 @@
 """Every Triton kernel through the harness, on the rows of the case table.
 
-bfloat16 is left out: the interpreter gets it wrong without an error. `tests/triton/test_gpu.py` has it.
+bfloat16 is left out: the interpreter gets it wrong without an error. So are cases of many rows, which take it minutes.
+`tests/triton/test_gpu.py` has both.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ KERNEL_CASES = [
     case
     for case in CASES
     if has_kernel(case.op, "triton")
+    and not case.name.endswith("many_rows")
     and not any(isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in case.make())
 ]
 
@@ -131,10 +133,8 @@ MUTANTS = [
     ("rms_norm", "scale.to(WIDE) + 1.0 if", "scale if"),
     ("rms_norm_backward", "inside = d < D", "inside = d < D - 1"),
     ("rms_norm_backward", "group * rows + rows, N)", "group * rows + rows, N - 1)"),
-    ("rms_norm_backward", "start + FLUSH, last)", "start + FLUSH - 1, last)"),
-    ("rms_norm_backward", "        total += recent", "        total = recent"),
     ("rms_norm_backward", "group * rows + rows, N)", "group * rows + 1, N)"),
-    ("rms_norm_backward", "recent += dxhat", "recent = dxhat"),
+    ("rms_norm_backward", "total += dxhat", "total = dxhat"),
     ("rms_norm_backward", "scale + 1.0 if", "scale if"),
     ("rms_norm_backward", "r * stride_dy_n", "r * D"),
     ("rms_norm_backward", "total, mask=inside", "total"),
@@ -148,9 +148,8 @@ MUTANTS = [
     ("layer_norm", "d * stride_b", "d"),
     ("layer_norm_backward", "inside = d < D", "inside = d < D - 1"),
     ("layer_norm_backward", "group * rows + rows, N)", "group * rows + rows, N - 1)"),
-    ("layer_norm_backward", "start + FLUSH, last)", "start + FLUSH - 1, last)"),
-    ("layer_norm_backward", "        products += recent_products", "        products = recent_products"),
-    ("layer_norm_backward", "recent_dys += dxhat", "recent_dys = dxhat"),
+    ("layer_norm_backward", "products += dxhat", "products = dxhat"),
+    ("layer_norm_backward", "dys += dxhat", "dys = dxhat"),
     (
         "layer_norm_backward",
         "tl.where(inside, (wide - tl.sum(wide) / D) * root, 0.0)",
