@@ -40,6 +40,6 @@ def workspace_bytes(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     if not _takes_rows_as_they_are(x, widen) and x.dtype != wide:
         rows = wide.itemsize
         rounded = 0 if widen else wide.itemsize
-    copies = weight is None or weight.dtype != wide or not weight.is_contiguous()
+    copies = int(weight is None or weight.dtype != wide or not weight.is_contiguous())
     copies += bias is not None and (bias.dtype != wide or not bias.is_contiguous())
     return (rows + rounded) * n * features + wide.itemsize * (copies * features + n)
