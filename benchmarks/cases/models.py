@@ -76,6 +76,12 @@ demo = partial(
     "LlamaForCausalLM",
     {**_LLAMA, "vocab_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 256},
 )
+large_vocabulary = partial(
+    transformer,
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    {**_LLAMA, "vocab_size": 8192, "max_position_embeddings": 512},
+)
 llama_1b = partial(
     transformer,
     "LlamaConfig",

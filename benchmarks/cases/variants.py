@@ -163,6 +163,10 @@ SAMPLED_ENCODER = Variant(
     name=f"memsave exact + pps {KEEP_RATIO} of the encoder",
     apply=partial(_sample, target=r".*\.encoder\..*\.(query|key|value|dense)"),
 )
+LAZY_LOGITS = Variant(
+    name="memsave linear_cross_entropy alone",
+    apply=partial(memsave.convert_model, configs=memsave.LinearCrossEntropyConfig()),
+)
 LIGER = Variant(
     name="Liger",
     apply=_liger,

@@ -13,7 +13,6 @@ from typing import ClassVar
 from torch import nn
 
 from ..config import Guarantee, TargetedConfig
-from ..guard import is_pretrained
 from ..nn.converted import original_class, swap, unswap, why_not_back, why_not_in_place
 from ..nn.lazy_logits import LazyOutput
 from ..nn.linear import ConvertedLinear, is_linear
@@ -73,8 +72,9 @@ class LinearCrossEntropyConfig(TargetedConfig):
 
 
 def _heads(module: nn.Module) -> Iterator[nn.Module]:
-    """The head of a transformers model; PEFT's `modules_to_save` wraps it and trains a copy."""
-    head = module.get_output_embeddings() if is_pretrained(module) else None  # type: ignore[operator]
+    """The head that a transformers model names; PEFT's `modules_to_save` wraps it and trains a copy."""
+    named = getattr(module, "get_output_embeddings", None)
+    head = named() if callable(named) else None
     if isinstance(head, nn.Module):
         yield head
         copies = getattr(head, "modules_to_save", None)
