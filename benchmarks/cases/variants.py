@@ -97,6 +97,7 @@ CHECKPOINT_BLOCKS = Variant(name="activation checkpointing", apply=_checkpoint_b
 # It keeps tensors in a cache of its own, where no saved-tensors hook sees them.
 SELECTIVE = Variant(name="selective checkpointing", apply=_selective_checkpointing, counts_kept=False)
 EXACT = Variant(name="memsave exact", apply=memsave.convert_model)
+SHARED = Variant(name="memsave share_mask", apply=partial(memsave.convert_model, configs=memsave.ShareMaskConfig()))
 SAMPLED = {
     estimator: Variant(name=f"memsave exact + {estimator} {KEEP_RATIO}", apply=partial(_sample, estimator=estimator))
     for estimator in ("pps", "wta_crs", "crs")
