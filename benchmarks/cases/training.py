@@ -155,8 +155,8 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
     TrainingCase(
         name="share_mask_llama",
         method="share_mask",
-        title="Llama blocks, one head of keys for four of queries, one sequence padded, fp32",
-        model=partial(models.llama, num_key_value_heads=1),
+        title="Llama blocks, one head of keys for two of queries, one sequence padded, fp32",
+        model=partial(models.llama, num_key_value_heads=2),
         forward=padded,
         variants=_ATTENTION,
         tiny=_TINY,
