@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 WIDTH, LAYERS, HEADS = 256, 2, 4
@@ -137,6 +138,13 @@ def hidden_of_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def from_embeddings(model: nn.Module, x: Tensor) -> Tensor:
     return model(inputs_embeds=x).last_hidden_state
+
+
+def padded(model: nn.Module, x: Tensor) -> Tensor:
+    """The first sequence has a quarter of its tokens, on the left, for padding."""
+    mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+    mask[0, : x.shape[1] // 4] = 0
+    return model(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
 
 def direct(model: nn.Module, x: Tensor) -> Tensor:

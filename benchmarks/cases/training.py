@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import models
 from .case import Case, short
-from .models import WIDTH, direct, from_embeddings
+from .models import WIDTH, direct, from_embeddings, padded
 from .variants import (
     ACTIVATIONS,
     ALL,
@@ -36,6 +36,7 @@ from .variants import (
     SAMPLED_LORA,
     SAMPLED_PROJECTIONS,
     SELECTIVE,
+    SHARED,
     Variant,
 )
 
@@ -105,6 +106,7 @@ _RECOMPUTE = (PLAIN, CHECKPOINT, SELECTIVE, EXACT)
 _STEP = (PLAIN, CHECKPOINT, SELECTIVE, COMPILED, EXACT)
 _MLP = (ALL, ALL_SAMPLED)  # for models whose MLP is a module: BERT's is written out in its layer
 _NARROW = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 256}
+_ATTENTION = (PLAIN, CHECKPOINT, SELECTIVE, SHARED)
 _TINY = {"shape": (2, 64, WIDTH)}
 _TINY_LLAMA = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 _TINY_BERT = {**_TINY_LLAMA, "num_attention_heads": 4}
@@ -206,6 +208,24 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         model=models.llama_with_lora,
         forward=from_embeddings,
         variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_LORA),
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="share_mask_llama",
+        method="share_mask",
+        title="Llama blocks, one head of keys for two of queries, one sequence padded, fp32",
+        model=partial(models.llama, num_key_value_heads=2),
+        forward=padded,
+        variants=_ATTENTION,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="share_mask_bert",
+        method="share_mask",
+        title="BERT blocks with attention dropout 0.1, one sequence padded, fp32",
+        model=partial(models.bert, attention_probs_dropout_prob=0.1),
+        forward=padded,
+        variants=_ATTENTION,
         tiny=_TINY,
     ),
     StepCase(

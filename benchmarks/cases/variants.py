@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -97,21 +97,10 @@ def _sample(
     memsave.convert_model(model, config)
 
 
-def exact_configs(
-    model_methods: Sequence[type[memsave.MethodConfig]] | None = None, **mlp_settings: object
-) -> list[memsave.MethodConfig]:
-    """The methods of bare `convert_model`, with other settings for `RecomputeMLPConfig`."""
-    methods = memsave.methods.METHODS if model_methods is None else model_methods
-    defaults = [method for method in methods if method.default]
-    return [method(**(mlp_settings if method.name == "recompute_mlp" else {})) for method in defaults]
-
-
 def _recompute_all(model: nn.Module, keep_ratio: float = 1.0) -> None:
-    """Without that method the model would be converted as by EXACT, under a wrong name."""
-    configs = exact_configs(recompute="all", keep_ratio=keep_ratio, target_modules=r".*")
-    if not any(config.name == "recompute_mlp" for config in configs):
-        raise LookupError("no method named recompute_mlp is applied by a bare convert_model. Nothing was changed.")
-    memsave.convert_model(model, configs)
+    memsave.convert_model(model)
+    config = memsave.RecomputeMLPConfig(recompute="all", keep_ratio=keep_ratio, target_modules=r".*")
+    memsave.convert_model(model, config)
 
 
 def _liger(model: nn.Module) -> None:
@@ -145,6 +134,7 @@ ACTIVATIONS = Variant(
 )
 ALL = Variant(name="memsave all", apply=_recompute_all)
 ALL_SAMPLED = Variant(name=f"memsave all + {KEEP_RATIO}", apply=partial(_recompute_all, keep_ratio=KEEP_RATIO))
+SHARED = Variant(name="memsave share_mask", apply=partial(memsave.convert_model, configs=memsave.ShareMaskConfig()))
 SAMPLED = {
     estimator: Variant(name=f"memsave exact + {estimator} {KEEP_RATIO}", apply=partial(_sample, estimator=estimator))
     for estimator in ("pps", "wta_crs", "crs")

@@ -58,7 +58,7 @@ def shared_mask(
         settings: all else on which the result depends.
     """
     found: dict[Hashable, weakref.ref[SharedMask]] = _shared.setdefault(source, {})
-    key = (settings, source._version, None if beside is None else (id(beside), beside._version))
+    key = (settings, source._version, None if beside is None else beside._version)
     present = found[key]() if key in found else None
     if present is None or not present.made_beside(beside):
         present = SharedMask(make(), beside)

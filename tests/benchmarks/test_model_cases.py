@@ -15,7 +15,7 @@ from benchmarks import plots, tables
 from benchmarks.cases import CASES, models
 from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.training import ForwardCase, StepCase, TrainingCase
-from benchmarks.cases.variants import ALL, COMPILED, EXACT, PLAIN, Variant, exact_configs
+from benchmarks.cases.variants import COMPILED, EXACT, PLAIN, Variant
 from benchmarks.checks import CheckFailed
 from benchmarks.result_files import RESULTS
 from benchmarks.runners import kept as runners_kept
@@ -24,7 +24,6 @@ from benchmarks.runners.kept import run_kept_case
 from benchmarks.runners.models import allocated_bytes, bytes_of
 from benchmarks.runners.steps import opened
 from memsave.config import Guarantee, TargetedConfig
-from memsave.methods import METHODS
 from tests.architectures.models import ARCHITECTURES, TINY
 
 BY_NAME = {case.name: case for case in CASES}
@@ -83,19 +82,6 @@ def test_compiled_code_has_a_peak_of_its_own() -> None:
     assert settings.activation_memory_budget == 1.0
     with opened(tiny_case(COMPILED), COMPILED, "cpu"):
         assert settings.activation_memory_budget == 0.5
-
-
-def test_exact_configs_are_the_defaults_with_other_settings_for_mlps() -> None:
-    defaults = [type(config) for config in exact_configs()]
-    assert defaults == [method for method in METHODS if method.default]
-    configs = exact_configs((memsave.RecomputeNormConfig, memsave.WTACRSConfig, ToyMLPConfig), recompute="all")
-    assert configs == [memsave.RecomputeNormConfig(), ToyMLPConfig(recompute="all")]
-
-
-def test_without_its_method_a_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memsave.methods, "METHODS", (memsave.RecomputeNormConfig,))
-    with pytest.raises(LookupError, match="no method named recompute_mlp"):
-        ALL.apply(models.mlp())
 
 
 def test_every_linear_inside_of_what_samples_counts_as_sampled() -> None:

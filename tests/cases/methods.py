@@ -249,6 +249,9 @@ CASES = [
     MethodCase("linear", linear, BOTH, gradients="sampled"),
 ]
 
+# Methods of model scope, which the battery of single modules does not know, and the tests that they have instead.
+MODEL_SCOPE = {"share_mask": "tests/integrations/test_attention.py"}
+
 NOTED_CASES = [
     NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT, copies=1),
     NotedCase("rms_norm_without_weight", lambda: nn.RMSNorm(WIDTH, elementwise_affine=False), EXACT, copies=0),
