@@ -22,7 +22,7 @@ from memsave import (
     WTACRSConfig,
     convert_model,
 )
-from memsave.convert import applied_configs
+from memsave.config import applied_configs
 
 from .mlp import MLP, Unchanged, make, wta
 from .snapshot import snapshot

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import memsave
 from memsave import MethodConfig, RecomputeNormConfig, RestoreError, WTACRSConfig
-from memsave.convert import applied_configs
+from memsave.config import applied_configs
 
 from .snapshot import bits, snapshot
 from .toys import (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import memsave
 from memsave import WTACRSConfig
-from memsave.convert import applied_configs
+from memsave.config import applied_configs
 
 from .snapshot import bits, snapshot
 

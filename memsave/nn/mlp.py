@@ -59,7 +59,7 @@ class ConvertedMLP(Converted):
         return y if trailing is None else self._child(trailing)(y)
 
     def _child(self, name: str) -> nn.Module:
-        return self.get_submodule(name)  # type: ignore[attr-defined, no-any-return]
+        return self.get_submodule(name)  # type: ignore[attr-defined]
 
     def _block(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         """From x to what `down` gives, row by row; in a backward that draws rows by `seed`, so that these are drawn."""

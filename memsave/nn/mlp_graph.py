@@ -109,7 +109,7 @@ def mlp_graph(module: nn.Module) -> MLPGraph:
         NoMatch: it computes something else, or cannot be traced.
     """
     cls = original_class(module)
-    stand_in_class = type(cls.__name__, (cls,), {"forward": lambda self, x: cls.forward(self, x)})
+    stand_in_class: type[nn.Module] = type(cls.__name__, (cls,), {"forward": lambda self, x: cls.forward(self, x)})
     stand_in = stand_in_class.__new__(stand_in_class)
     stand_in.__dict__.update(module.__dict__)
     try:
@@ -218,14 +218,12 @@ class _Parser:
         return tuple(name for _, name in ordered), ordered.index(found[0])
 
     def _fused(self, pre: Iterable[Any], x: fx.Node) -> tuple[tuple[str, ...], int]:
-        halves = [self._take(node) if self._is_call(node, {operator.getitem}) else None for node in pre]
-        if None in halves or halves[0].args[0] is not halves[1].args[0]:  # type: ignore[union-attr]
+        halves: list[Any] = [self._take(node).args if self._is_call(node, {operator.getitem}) else () for node in pre]
+        chunks, places = {half[0] for half in halves if half}, [half[1] for half in halves if half]
+        whole = self._chunked(*chunks) if len(chunks) == 1 else None
+        if whole is None or places not in ([0, 1], [1, 0]):
             raise NoMatch("its product is not that of the two halves of one tensor")
-        chunks, places = halves[0].args[0], [half.args[1] for half in halves]  # type: ignore[union-attr]
-        whole = self._chunked(chunks)
-        if whole is None or sorted(places) != [0, 1]:
-            raise NoMatch("its product is not that of the two halves of one tensor")
-        self.used.add(chunks)
+        self.used |= chunks
         name, source = self._linear(whole)
         if source is not x:
             raise NoMatch(f"{name} does not read the block's input")

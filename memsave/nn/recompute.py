@@ -90,7 +90,7 @@ class _Layout(NamedTuple):
         )
 
     @property
-    def count(self) -> int:
+    def num_kept(self) -> int:
         return self.num_source + self.num_states + self.has_seed
 
 
@@ -99,7 +99,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, work: Work, recipe: Recipe | None, layout: _Layout, *kept_and_parameters: Tensor
     ) -> Tensor:
-        parameters = kept_and_parameters[layout.count :]
+        parameters = kept_and_parameters[layout.num_kept :]
         ctx.work, ctx.recipe, ctx.layout, ctx.autocast = work, recipe, layout, autocast_now(x)
         ctx.shape = x.shape
         # The parameters themselves, to learn of changes in place; which objects they are, to learn of other changes.
@@ -113,7 +113,7 @@ class _Recomputed(torch.autograd.Function):
         tensors = ctx.saved_tensors
         source, states, seed = ctx.layout.split(tensors)
         parameters = _unchanged(ctx.work.parameters(), ctx.parameters)
-        offset = 4 + ctx.layout.count
+        offset = 4 + ctx.layout.num_kept
         trained = [p for i, p in enumerate(parameters) if ctx.needs_input_grad[offset + i]]
         sums = _Sums(ctx, trained)
         dy = dy.reshape(-1, dy.shape[-1])  # (N, O)
@@ -127,7 +127,7 @@ class _Recomputed(torch.autograd.Function):
                 del x, y
         gradients = iter(sums.of_parameters())
         of_parameters = (next(gradients) if needed else None for needed in ctx.needs_input_grad[offset:])
-        return sums.dx, None, None, None, *(None for _ in range(ctx.layout.count)), *of_parameters
+        return sums.dx, None, None, None, *(None for _ in range(ctx.layout.num_kept)), *of_parameters
 
 
 class _Sums:

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..applying import Change, apply_changes
 from ..config import TargetedConfig, applied_configs
-from ..convert import Change, apply_changes
 from ..errors import LoadError, SaveError
 from ..wrappers import INSIDE
 from . import record as records

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import memsave
 from memsave import RecomputeNormConfig, ShareMaskConfig, UnsupportedModelError
-from memsave.convert import applied_configs
+from memsave.config import applied_configs
 
 hf = pytest.importorskip("transformers", reason="needs transformers (pip install 'memsave[hf]')")
 
