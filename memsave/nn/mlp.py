@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.activation import reference
 from .activation import activate, gated
 from .backward_rows import BackwardDraw, drawing
 from .converted import Converted, original_class
@@ -70,7 +71,9 @@ class ConvertedMLP(Converted):
             pre = [child(x) for child in reads]
             if graph.fused:
                 pre = list(pre[0].chunk(2, dim=-1))
-            if not graph.gated:
+            if x.device.type == "cpu" and not torch.is_grad_enabled():
+                h = self._plain_product(pre)
+            elif not graph.gated:
                 h = activate(pre[0], graph.activation)
             else:
                 h = gated(pre[graph.gate], pre[1 - graph.gate], graph.activation)
@@ -79,6 +82,16 @@ class ConvertedMLP(Converted):
                     h.grad_fn.register_hook(lambda grads, _: draws[reads[0]].expect(*grads[:2]))
             del pre
             return down(h if graph.dropout is None else self._child(graph.dropout)(h))
+
+    def _plain_product(self, pre: list[Tensor]) -> Tensor:
+        """h without gradients, with the plain model's bits; the product overwrites what the activation made."""
+        graph = self._graph
+        gate = pre[graph.gate] if graph.gated else pre[0]
+        if graph.act is None:
+            a = reference.activation(gate, graph.activation)
+        else:
+            a = self._child(graph.act[0])(gate)
+        return a.mul_(pre[1 - graph.gate]) if graph.gated else a
 
     def _draws(self, seed: Tensor | None) -> dict[nn.Module, BackwardDraw]:
         """The draws of one pass, by linear; those that read x share theirs."""

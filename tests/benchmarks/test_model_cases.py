@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,21 +23,9 @@ from benchmarks.runners.forward import run_forward_case
 from benchmarks.runners.kept import run_kept_case
 from benchmarks.runners.models import allocated_bytes, bytes_of
 from benchmarks.runners.steps import opened
-from memsave.config import Guarantee, TargetedConfig
 from tests.architectures.models import ARCHITECTURES, TINY
 
 BY_NAME = {case.name: case for case in CASES}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyMLPConfig(TargetedConfig):
-    """Has the settings of a method for MLPs, and converts nothing."""
-
-    recompute: str = "elementwise"
-    keep_ratio: float = 1.0
-    name: ClassVar[str] = "recompute_mlp"
-    guarantee: ClassVar[Guarantee] = Guarantee.EXACT
-    default: ClassVar[bool] = True
 
 
 class Chain(nn.Module):
@@ -87,7 +75,9 @@ def test_compiled_code_has_a_peak_of_its_own() -> None:
 def test_every_linear_inside_of_what_samples_counts_as_sampled() -> None:
     def sample(model: nn.Module) -> None:
         block = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
-        block._memsave = {"recompute_mlp": ToyMLPConfig(keep_ratio=0.3)}  # type: ignore[assignment]
+        block._memsave = {
+            "recompute_mlp": memsave.RecomputeMLPConfig(recompute="all", keep_ratio=0.3, target_modules=r".*")
+        }  # type: ignore[assignment]
         model.append(block)  # type: ignore[operator]
         model.append(nn.Linear(32, 32))  # type: ignore[operator]
 

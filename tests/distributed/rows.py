@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import memsave
-from memsave import LinearCrossEntropyConfig, MethodConfig, RecomputeDropoutConfig, WTACRSConfig
+from memsave import LinearCrossEntropyConfig, MethodConfig, RecomputeDropoutConfig, RecomputeMLPConfig, WTACRSConfig
 
 from ..cases.methods import CASES, NOTED_CASES, SHAPE, WIDTH, MethodCase, NotedCase
 from ..test_methods import Fan
@@ -59,6 +59,7 @@ class Row:
         batch: the input of one rank at one step.
         exact: whether all gradients are those of the plain model; None where its parameters are others.
         random: whether the plain model draws, too: then no joined batch does what the ranks do.
+        exact_in: the mode in which nothing is sampled, and all gradients are exact all the same.
         tolerance: relative error that rounding may cause in losses and weights.
     """
 
@@ -69,6 +70,7 @@ class Row:
     exact: bool | None
     tolerance: float = 1e-9
     random: bool = False
+    exact_in: str | None = None
 
     def plain(self) -> nn.Module:
         """The plain model, with the same random weights at every call."""
@@ -112,6 +114,8 @@ def _stack(case: MethodCase | NotedCase) -> Row:
         exact=not sampled,
         tolerance=1e-9 if case.precision is torch.float64 else 1e-4,
         random=any(isinstance(config, RecomputeDropoutConfig) for config in case.configs),
+        # There a block's linears are sharded while it runs forward, so it cannot be run again by itself.
+        exact_in="fsdp_linear" if any(isinstance(config, RecomputeMLPConfig) for config in case.configs) else None,
     )
 
 
