@@ -85,16 +85,21 @@ def out_features(linear: nn.Module) -> int:
 
 
 def looks_like_mlp(module: nn.Module) -> bool:
-    """Whether `module`, by its children alone, may be a feed-forward block."""
+    """Whether `module`, by its children, may be a feed-forward block."""
     if is_linear(module) or hasattr(module, "base_layer"):
         return False
-    children = list(module._modules.values())
-    linears = [child for child in children if child is not None and reads_like_linear(child)]
-    others = [child for child in children if child is not None and not reads_like_linear(child)]
+    children = [child for child in module._modules.values() if child is not None]
+    linears = [child for child in children if reads_like_linear(child)]
+    others = [child for child in children if not reads_like_linear(child)]
     simple = all(isinstance(m, nn.Dropout) or activation_of(m) is not None for m in others)
     own = module._parameters or module._buffers
     fits = len(linears) in (2, 3) and any(map(_feeds, linears[:-1], linears[1:]))
-    return fits and simple and not own and _required_inputs(original_class(module)) == 1
+    if not (fits and simple and not own and _required_inputs(original_class(module)) == 1):
+        return False
+    named = any(not isinstance(m, nn.Dropout) for m in others)
+    widens = any(in_features(linear) != out_features(linear) for linear in linears)
+    # Without either, queries, keys and values of attention have the same children: only the forward tells.
+    return named or widens or _matches(module)
 
 
 def _feeds(first: nn.Module, second: nn.Module) -> bool:
@@ -118,6 +123,14 @@ def mlp_graph(module: nn.Module) -> MLPGraph:
         what = str(error).partition(". ")[0]
         raise NoMatch(f"its forward cannot be traced ({type(error).__name__}: {what})") from None
     return _Parser(graph, module).parse()
+
+
+def _matches(module: nn.Module) -> bool:
+    try:
+        mlp_graph(module)
+    except NoMatch:
+        return False
+    return True
 
 
 def _required_inputs(cls: type[nn.Module]) -> int:

@@ -83,6 +83,18 @@ class Scaled(GatedMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * 2.0)
 
 
+class Attention(nn.Module):
+    """Not a block, with the children of one: queries, keys and values as BERT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(D, D) for _ in range(3))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(F.softmax(self.query(x) @ self.key(x).mT, -1)) @ self.value(x)
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "gated": GatedMLP,
     "fused": FusedMLP,
@@ -138,7 +150,7 @@ def test_what_a_block_computes_is_read_from_its_forward() -> None:
         (Residual(), "where a linear is expected"),
         (Branching(), "cannot be traced"),
         (Scaled(), "multiplies by something"),
-        (nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)), "is not an activation"),
+        (nn.Sequential(nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D)), "is not an activation"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -155,6 +167,13 @@ def test_what_has_other_children_is_no_candidate() -> None:
     assert not looks_like_mlp(nn.TransformerEncoderLayer(D, 2))
     assert not looks_like_mlp(nn.Sequential(nn.Linear(D, D), nn.Tanh()))
     assert not looks_like_mlp(nn.Linear(D, D))
+
+
+def test_attention_with_the_children_of_a_block_is_no_candidate() -> None:
+    assert not looks_like_mlp(Attention())
+    square = Functional(True)
+    square.gate, square.up, square.down = (nn.Linear(D, D) for _ in range(3))
+    assert looks_like_mlp(square)
 
 
 @modes
