@@ -166,7 +166,7 @@ class TargetedConfig(MethodConfig):
         if self.target_modules is None and self.guarantee is not Guarantee.EXACT:
             raise ValueError(
                 f"{type(self).__name__} changes results ({self.guarantee}), so it must be aimed: give target_modules, "
-                f"for example ['up_proj', 'down_proj'], or r'.*' for every module that it can convert"
+                "a list of module names or a regular expression; r'.*' means every module that it can convert"
             )
 
     def candidate(self, module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from .report import Skip, group_skips, groups, pattern
 from .targets import Named, base_class, entries_of, missed_exclusions, missed_target
 
 _UNCHANGED = "The model was not changed."
+_NO_KIND = "not a kind that"
 _IS_ROOT = "it is the model itself, whose class never changes; put it in a container"
 
 
@@ -179,7 +180,10 @@ def _within(method: str, modules: Sequence[Named]) -> set[int]:
 
 
 def skipped(modules: Sequence[Named], plan: Plan, configs: Sequence[MethodConfig]) -> tuple[Skip, ...]:
-    """Rows for the modules that hold parameters of their own and that no config of this call converts."""
+    """Rows for the modules that hold parameters of their own and that no config of this call converts.
+
+    What other methods converted earlier is named only if this call could have converted it.
+    """
     done = {id(change.module) for change in [*plan.changes, *plan.already]}
     targeted = [config for config in configs if isinstance(config, TargetedConfig)]
     held = {id(p): p for m in modules for p in m.module._parameters.values() if p is not None}
@@ -189,6 +193,8 @@ def skipped(modules: Sequence[Named], plan: Plan, configs: Sequence[MethodConfig
         own = [p for p in module._parameters.values() if p is not None]
         if id(module) not in done and ((own and targeted) or id(module) in plan.reasons):
             reason = plan.reasons.get(id(module)) or _why_left(module, targeted)
+            if reason.startswith(_NO_KIND) and applied_configs(module):
+                continue
             rows.append((names[0], kind_of(module), reason, sum(p.nbytes for p in own) / total))
     return group_skips(rows)
 
@@ -200,5 +206,5 @@ def _why_left(module: nn.Module, configs: Sequence[TargetedConfig]) -> str:
         return "not targeted"
     dimensions = max(p.dim() for p in module._parameters.values() if p is not None)
     if dimensions > 2 and not hasattr(module, "kernel_size"):
-        return f"holds {dimensions}-D parameters: not a kind that {methods}"
-    return f"not a kind that {methods}"
+        return f"holds {dimensions}-D parameters: {_NO_KIND} {methods}"
+    return f"{_NO_KIND} {methods}"

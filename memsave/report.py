@@ -115,7 +115,7 @@ class Report:
 
     def __str__(self) -> str:
         where = f" on {', '.join(self.devices)}" if len(self.devices) > 1 else ""
-        lines = [f"memsave: {self.count} modules {self.action}{where}"]
+        lines = [f"memsave: {self.count} module{'' if self.count == 1 else 's'} {self.action}{where}"]
         lines += _aligned(_cells(self.rows, "") + _cells(self.already, ", already"))
         if self.skipped:
             lines.append("left as they are (share of the parameter bytes):")

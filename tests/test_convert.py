@@ -86,7 +86,7 @@ def test_without_configs_only_exact_default_methods_are_applied() -> None:
     model = make()
     report = convert_model(model)
     methods = {row.method for row in report.rows}
-    assert methods == {"recompute_norm", "recompute_activation", "recompute_dropout", "recompute_mlp"}
+    assert methods == {"recompute_norm", "recompute_activation", "recompute_mlp"}
     assert {row.guarantee for row in report.rows} == {"exact"}
     assert report.count == 9  # a norm, four linears, two activations, two blocks
 

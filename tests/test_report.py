@@ -122,6 +122,17 @@ def test_what_was_left_says_whether_targets_or_kinds_were_the_reason() -> None:
     assert reasons["emb"] == reasons["{0-1}.norm"] == "not a kind that wta_crs converts"
 
 
+def test_what_other_methods_converted_is_left_only_where_this_one_could_convert_it() -> None:
+    model = blocks()
+    memsave.convert_model(model)
+    report = memsave.convert_model(model, WTACRSConfig(target_modules=["q"]))
+    assert {s.modules: s.reason for s in report.skipped} == {
+        "experts": "holds 3-D parameters: not a kind that wta_crs converts",
+        "emb": "not a kind that wta_crs converts",
+        "{0-1}.k": "not targeted",
+    }
+
+
 def test_a_report_looks_the_same_without_print() -> None:
     report = memsave.convert_model(blocks())
     assert repr(report) == str(report)
@@ -152,7 +163,7 @@ def row(method: str, modules: str = "a", backend: str = "torch", guarantee: str 
 )
 def test_methods_on_the_same_modules_share_a_line(methods: list[str], shown: str) -> None:
     report = Report("converted", tuple(row(method) for method in methods))
-    assert str(report).splitlines() == ["memsave: 1 modules converted", f"  {shown}  a  x1  Linear  torch  exact"]
+    assert str(report).splitlines() == ["memsave: 1 module converted", f"  {shown}  a  x1  Linear  torch  exact"]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def linear_cross_entropy(
     "Liger Kernel", 2024 (gradients in forward); Yeung et al., "Balancing Pipeline Parallelism with Vocabulary
     Parallelism", 2024 (classes divided over processes).
     """
-    _check(hidden, weight, target, bias, label_smoothing, softcap, z_loss, reduction)
+    _check(hidden, weight, target, bias, ignore_index, label_smoothing, softcap, z_loss, reduction)
     if plain(hidden):
         if process_group is not None:
             raise ValueError(
@@ -355,6 +355,7 @@ def _check(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    ignore_index: int,
     label_smoothing: float,
     softcap: float | None,
     z_loss: float,
@@ -375,6 +376,7 @@ def _check(
         (not autocast and len({t.dtype for t in tensors}) > 1, "hidden, weight and bias of one dtype, or autocast"),
         (any(type(t).__name__ == "DTensor" for t in tensors), "whole tensors, not a DTensor: " + _UNSHARD),
         (len({t.device for t in (*tensors, target)}) > 1, "all tensors on one device"),
+        (not isinstance(ignore_index, int), f"a whole number as ignore_index, not {ignore_index!r}"),
         (not 0 <= label_smoothing <= 1, f"label_smoothing from 0 to 1, not {label_smoothing}"),
         (softcap is not None and not softcap > 0, f"softcap above 0 or None, not {softcap}"),
         (not z_loss >= 0, f"z_loss of at least 0, not {z_loss}"),

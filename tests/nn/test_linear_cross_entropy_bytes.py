@@ -172,6 +172,7 @@ def good() -> dict[str, Any]:
         ({"hidden": torch.ones(N, D, dtype=torch.float64)}, "one dtype, or autocast"),
         ({"hidden": torch.ones(N, D, dtype=torch.int64)}, "floating point"),
         ({"weight": torch.ones(V, D, device="meta")}, "all tensors on one device"),
+        ({"ignore_index": None}, "a whole number as ignore_index, not None"),
         ({"label_smoothing": 1.5}, "label_smoothing from 0 to 1, not 1.5"),
         ({"softcap": 0.0}, "softcap above 0 or None, not 0.0"),
         ({"z_loss": -0.1}, "z_loss of at least 0, not -0.1"),
