@@ -177,6 +177,10 @@ class TargetedConfig(MethodConfig):
         """Names, from `module` on, of modules within it that are converted with it, whether they are targets or not."""
         return ()
 
+    def fits(self, module: nn.Module) -> bool:
+        """Whether `convert` takes a module of this kind: a candidate, or a companion of one."""
+        return self.candidate(module)
+
     def found_in(self, modules: Collection[nn.Module]) -> list[nn.Module]:
         """Which of all the `modules` of a model are meant where no target_modules are given: every candidate."""
         return [module for module in modules if self.candidate(module)]

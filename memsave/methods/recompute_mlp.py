@@ -79,6 +79,9 @@ class RecomputeMLPConfig(TargetedConfig):
         graph = mlp_graph(module)
         return [name for name in (*graph.linears, graph.down) if is_linear(module.get_submodule(name))]
 
+    def fits(self, module: nn.Module) -> bool:
+        return is_linear(module) or self.candidate(module)
+
     def why_not(self, module: nn.Module) -> str | None:
         if (reason := why_not_in_place(module)) or is_linear(module):
             return reason
