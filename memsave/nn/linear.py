@@ -207,8 +207,7 @@ class _Linear(torch.autograd.Function):
                 w = weight.to(ctx.dtype)
                 dx = F.linear(dy, w if ctx.transposed else w.t()).to(x_dtype)
             if ctx.needs_input_grad[1]:
-                dweight = _weight_grad(flat, ctx.dtype, ctx.shared, kept)
-                dweight = (dweight.t() if ctx.transposed else dweight).to(weight_dtype)
+                dweight = _weight_grad(flat, ctx.dtype, ctx.shared, kept, ctx.transposed).to(weight_dtype)
             if ctx.needs_input_grad[2]:
                 dbias = flat.sum(0).to(bias_dtype)
         return dx, dweight, dbias, *(None for _ in range(3 + len(kept)))
@@ -227,14 +226,17 @@ def _sampled_linear(
     return _Linear.apply(x, weight, bias, transposed, dtype, _Shared(len(sample)), *sample)
 
 
-def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[Tensor]) -> Tensor:
-    """dW (O, D) from dy (N, O) and the tensors that were kept."""
+def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[Tensor], transposed: bool) -> Tensor:
+    """dW (O, D), or (D, O) if transposed, from dy (N, O) and the tensors that were kept."""
     num_sampled, recipe, sample, visit, draw = shared
     sampled, noted = tensors[:num_sampled], tensors[num_sampled:]
     if not sampled:
         x = (noted[0] if recipe is None else recipe.output(noted)).to(dtype)  # (..., D)
         x = x.reshape(-1, x.shape[-1])  # (N, D)
-        return dy.t() @ x if draw is None else draw.weight_grad(dy, x)
+        if draw is None:
+            return x.t() @ dy if transposed else dy.t() @ x
+        dweight = draw.weight_grad(dy, x)
+        return dweight.t() if transposed else dweight
     rows, scale, poisoned, *stored = sampled
     if sample is not None and (drawn := sample()) is not None:
         drawn.release()
@@ -244,7 +246,7 @@ def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[
     dweight = ops.sampled_matmul(dy, kept, rows, scale)
     dweight += poison(dy).to(dweight.dtype)[:, None]
     dweight += poisoned
-    return dweight
+    return dweight.t() if transposed else dweight
 
 
 def is_linear(module: nn.Module) -> bool:
