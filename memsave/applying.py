@@ -36,7 +36,7 @@ def apply_changes(
         for change in changes:
             name, module, config = change
             old = current.get(name, module)
-            if old is not module and isinstance(config, TargetedConfig) and not config.candidate(old):
+            if old is not module and isinstance(config, TargetedConfig) and not config.fits(old):
                 other = next(iter(applied_configs(old).values()), "another method")
                 raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
             earlier = applied_configs(old).get(config.name)

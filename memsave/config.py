@@ -177,8 +177,8 @@ class TargetedConfig(MethodConfig):
         """Names, from `module` on, of modules within it that are converted with it, whether they are targets or not."""
         return ()
 
-    def takes(self, module: nn.Module) -> bool:
-        """Whether `convert` takes `module`: a candidate, or of a kind that `companions` names."""
+    def fits(self, module: nn.Module) -> bool:
+        """Whether `convert` takes a module of this kind: a candidate, or a companion of one."""
         return self.candidate(module)
 
     def found_in(self, modules: Collection[nn.Module]) -> list[nn.Module]:

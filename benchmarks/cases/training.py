@@ -27,6 +27,8 @@ from .variants import (
     EXACT,
     LAZY_LOGITS,
     LIGER,
+    MLPS,
+    NORMS,
     PLAIN,
     SAMPLED,
     SAMPLED_ALONE,
@@ -101,7 +103,7 @@ class ForwardCase(ModelCase):
     shape: tuple[int, int] = (8, 2048)
 
 
-_RECOMPUTE = (PLAIN, CHECKPOINT, SELECTIVE, EXACT)
+_RECOMPUTE = (PLAIN, CHECKPOINT, SELECTIVE, NORMS, EXACT)
 # What a user would pick, and what memsave has, from the fastest to the smallest.
 _STEP = (PLAIN, CHECKPOINT, SELECTIVE, COMPILED, EXACT)
 _MLP = (ALL, ALL_SAMPLED)  # for models whose MLP is a module: BERT's is written out in its layer
@@ -182,6 +184,15 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         model=models.bert_with_dropout,
         forward=from_embeddings,
         variants=_RECOMPUTE,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="recompute_mlp_llama",
+        method="recompute_mlp",
+        title="Llama blocks, what is kept of the MLPs from most to least, fp32",
+        model=models.llama,
+        forward=from_embeddings,
+        variants=(PLAIN, CHECKPOINT, SELECTIVE, MLPS, EXACT, ALL, ALL_SAMPLED),
         tiny=_TINY,
     ),
     TrainingCase(

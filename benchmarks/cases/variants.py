@@ -128,6 +128,10 @@ COMPILED = Variant(
     package="torch",
 )
 EXACT = Variant(name="memsave exact", apply=memsave.convert_model)
+NORMS = Variant(
+    name="memsave recompute_norm", apply=partial(memsave.convert_model, configs=memsave.RecomputeNormConfig())
+)
+MLPS = Variant(name="memsave recompute_mlp", apply=partial(memsave.convert_model, configs=memsave.RecomputeMLPConfig()))
 ACTIVATIONS = Variant(
     name="memsave recompute_activation",
     apply=partial(memsave.convert_model, configs=memsave.RecomputeActivationConfig()),

@@ -79,7 +79,7 @@ class RecomputeMLPConfig(TargetedConfig):
         graph = mlp_graph(module)
         return [name for name in (*graph.linears, graph.down) if is_linear(module.get_submodule(name))]
 
-    def takes(self, module: nn.Module) -> bool:
+    def fits(self, module: nn.Module) -> bool:
         return is_linear(module) or self.candidate(module)
 
     def why_not(self, module: nn.Module) -> str | None:

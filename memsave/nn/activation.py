@@ -27,22 +27,24 @@ from .converted import Converted
 from .eager import no_autocast, once_differentiable, only_input, plain
 
 
-def activate(x: Tensor, kind: Activation) -> Tensor:
-    """act(x) for x (..., F), in the dtype of x also under autocast; keeps x for backward and attaches a note."""
+def activate(x: Tensor, kind: Activation, *, noted: bool = True) -> Tensor:
+    """act(x) for x (..., F), in its dtype also under autocast; keeps x for backward, attaches a note if `noted`."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _activation(x, kind)
     y = _OF_TORCH[kind](x) if kind in _OF_TORCH else _Activation.apply(x, kind)
-    note.attach(y, note.Recipe(partial(_activation, kind=kind), per_row=(True,)), (x.detach(),))
+    if noted:
+        note.attach(y, note.Recipe(partial(_activation, kind=kind), per_row=(True,)), (x.detach(),))
     return y
 
 
-def gated(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
-    """act(gate) * up, all (..., F) and of one dtype; keeps gate and up for backward and attaches a note."""
+def gated(gate: Tensor, up: Tensor, kind: Activation, *, noted: bool = True) -> Tensor:
+    """act(gate) * up, all (..., F), of one dtype; keeps gate and up for backward, attaches a note if `noted`."""
     if not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
         return _gated(gate, up, kind)
     h = _Gated.apply(gate, up, kind)
-    recipe = note.Recipe(partial(_gated, kind=kind), per_row=(True, True))
-    note.attach(h, recipe, (gate.detach(), up.detach()))
+    if noted:
+        recipe = note.Recipe(partial(_gated, kind=kind), per_row=(True, True))
+        note.attach(h, recipe, (gate.detach(), up.detach()))
     return h
 
 

@@ -12,7 +12,7 @@ chunks of rows, so that its temporary bytes do not grow with N.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.activation import reference
 from .activation import activate, gated
-from .backward_rows import BackwardDraw, drawing
 from .converted import Converted, original_class
 from .eager import autocast_enabled, only_input, plain
-from .linear import is_linear
+from .linear import ConvertedLinear, is_linear
 from .mlp_graph import MLPGraph, out_features
 from .recompute import Work, recomputed, run_in_chunks
+from .rerun import BackwardDraw, Rerun, rerunning
 from .rows import KeepRows
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
@@ -62,36 +62,48 @@ class ConvertedMLP(Converted):
     def _child(self, name: str) -> nn.Module:
         return self.get_submodule(name)  # type: ignore[attr-defined]
 
-    def _block(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
-        """From x to what `down` gives, row by row; in a backward that draws rows by `seed`, so that these are drawn."""
-        graph = self._graph
-        down, reads = self._child(graph.down), [self._child(name) for name in graph.linears]
-        draws = self._draws(seed)
-        with drawing(draws) if draws else nullcontext():
-            pre = [child(x) for child in reads]
-            if graph.fused:
-                pre = list(pre[0].chunk(2, dim=-1))
-            if x.device.type == "cpu" and not torch.is_grad_enabled():
-                h = self._plain_product(pre)
-            elif not graph.gated:
-                h = activate(pre[0], graph.activation)
-            else:
-                h = gated(pre[graph.gate], pre[1 - graph.gate], graph.activation)
-                if len(reads) == 2 and reads[0] in draws and h.grad_fn is not None:
-                    # What the product's backward gives to both linears is known before either of them runs.
-                    h.grad_fn.register_hook(lambda grads, _: draws[reads[0]].expect(*grads[:2]))
-            del pre
-            return down(h if graph.dropout is None else self._child(graph.dropout)(h))
+    def _block(self, x: Tensor) -> Tensor:
+        """From x to what `down` gives, row by row."""
+        return self._down(self._product(self._pre(x), noted=True))
 
-    def _plain_product(self, pre: list[Tensor]) -> Tensor:
-        """h without gradients, with the plain model's bits; the product overwrites what the activation made."""
-        graph = self._graph
-        gate = pre[graph.gate] if graph.gated else pre[0]
-        if graph.act is None:
-            a = reference.activation(gate, graph.activation)
+    def _rerun(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        """The same in backward: the output is not made, and rows are drawn by `seed` unless that is None."""
+        draws, down = self._draws(seed), self._child(self._graph.down)
+        with rerunning(Rerun(draws, down if isinstance(down, ConvertedLinear) and _works_row_by_row(down) else None)):
+            # Without a note h is kept: it is read at once.
+            h = self._product(self._pre(x), noted=False)
+            first = self._child(self._graph.linears[0])
+            if len(self._graph.linears) == 2 and first in draws and h.grad_fn is not None:
+                # What the product's backward gives to both linears is known before either of them runs.
+                h.grad_fn.register_hook(lambda grads, _: draws[first].expect(*grads[:2]))
+            return self._down(h)
+
+    def _pre(self, x: Tensor) -> list[Tensor]:
+        """gate and up, or pre alone."""
+        pre = [self._child(name)(x) for name in self._graph.linears]
+        if self._graph.fused:
+            pre = list(pre[0].chunk(2, dim=-1))
+        return [pre[self._graph.gate], pre[1 - self._graph.gate]] if self._graph.gated else pre
+
+    def _product(self, pre: list[Tensor], *, noted: bool) -> Tensor:
+        """h; it empties the list `pre`, so that without gradients these tensors are freed."""
+        if pre[0].device.type == "cpu" and not torch.is_grad_enabled():
+            h = self._plain_product(*pre)
         else:
-            a = self._child(graph.act[0])(gate)
-        return a.mul_(pre[1 - graph.gate]) if graph.gated else a
+            make: Callable[..., Tensor] = gated if self._graph.gated else activate
+            h = make(*pre, self._graph.activation, noted=noted)
+        pre.clear()
+        return h
+
+    def _down(self, h: Tensor) -> Tensor:
+        graph = self._graph
+        return self._child(graph.down)(h if graph.dropout is None else self._child(graph.dropout)(h))
+
+    def _plain_product(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """h without gradients, with the plain model's bits; the product overwrites what the activation made."""
+        act = self._graph.act
+        a = reference.activation(gate, self._graph.activation) if act is None else self._child(act[0])(gate)
+        return a if up is None else a.mul_(up)
 
     def _draws(self, seed: Tensor | None) -> dict[nn.Module, BackwardDraw]:
         """The draws of one pass, by linear; those that read x share theirs."""
@@ -113,6 +125,7 @@ class ConvertedMLP(Converted):
     def _work(self, x: Tensor, seed: Tensor | None) -> Work:
         return Work(
             self._block,
+            self._rerun,
             self._parameters_now,
             self._num_chunks(x, backward=True),
             replay=not self._works_row_by_row(),
@@ -149,11 +162,14 @@ class ConvertedMLP(Converted):
         return max(1, -(-num_rows // chunk_rows))
 
     def reference(self, x: Tensor) -> Tensor:
-        """The original forward; where rows are drawn in backward, the block in one piece and not run again."""
+        """The original forward; where rows are drawn in backward, with the gradients of one run that draws them."""
         seed, trailing = self._new_seed(x), self._graph.trailing
         if seed is None or not torch.is_grad_enabled():
             return super().forward(x)  # type: ignore[misc]
-        y = self._block(x, seed)
+        with torch.no_grad():
+            y = self._block(x)
+        zero = self._rerun(x, seed)
+        y = y + zero - zero.detach()
         return y if trailing is None else self._child(trailing)(y)
 
     def kept_bytes(self, input_shape: tuple[int, ...], dtype: torch.dtype, *, noted: bool = False) -> int:

@@ -20,34 +20,33 @@ from . import note as notes
 from .eager import autocast_now, once_differentiable
 from .note import Recipe
 
-Block = Callable[[Tensor, Tensor | None], Tensor]
-"""From rows (C, D) and a seed, or None, to rows (C, O)."""
-
 
 class Work(NamedTuple):
-    """How a block is run again.
+    """How a block is run, and run again.
 
     Attributes:
-        block: the block; it may be given x in any number of leading dimensions.
+        block: from x (C, D), or (..., D) where there is one chunk, to y (C, O) or (..., O).
+        rerun: the same in backward, given a seed or None; only the gradient of its y counts.
         parameters: gives what it reads now.
         num_chunks: 1 for a block that does not work row by row.
         replay: whether it draws random numbers in forward, which must be the same when it is run again.
     """
 
-    block: Block
+    block: Callable[[Tensor], Tensor]
+    rerun: Callable[[Tensor, Tensor | None], Tensor]
     parameters: Callable[[], Sequence[Tensor]]
     num_chunks: int = 1
     replay: bool = False
 
 
-def run_in_chunks(block: Block, x: Tensor, num_chunks: int) -> Tensor:
+def run_in_chunks(block: Callable[[Tensor], Tensor], x: Tensor, num_chunks: int) -> Tensor:
     """The block's output (..., O) for x (..., D), chunk by chunk; call it without gradients."""
     if num_chunks == 1:
-        return block(x, None)
+        return block(x)
     flat = x.reshape(-1, x.shape[-1])  # (N, D)
     y: Tensor | None = None
     for rows in chunks_of(flat.shape[0], num_chunks):
-        part = block(flat[rows], None)  # (C, O)
+        part = block(flat[rows])  # (C, O)
         if y is None:
             y = part.new_empty((flat.shape[0], part.shape[-1]))
         y[rows] = part
@@ -122,7 +121,7 @@ class _Recomputed(torch.autograd.Function):
                 x = _rows_of(ctx, source, rows).requires_grad_(ctx.needs_input_grad[0])
                 chunk_seed = None if seed is None else seed + 2 * number
                 with torch.enable_grad():
-                    y = ctx.work.block(x, chunk_seed)
+                    y = ctx.work.rerun(x, chunk_seed)
                 sums.add(y, x, dy[rows] if ctx.work.num_chunks > 1 else dy.view(y.shape), rows)
                 del x, y
         gradients = iter(sums.of_parameters())

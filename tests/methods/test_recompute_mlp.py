@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,3 +206,12 @@ def test_behind_a_norm_only_the_seed_is_kept() -> None:
     norm, block = model
     assert block.kept_bytes(x.shape, x.dtype, noted=True) == 8
     assert memsave.saved_bytes(lambda: model(x)) == norm.kept_bytes(x.shape, x.dtype) + 8 + WIDTH * 4
+
+
+def test_a_saved_model_is_converted_again_with_its_linears(tmp_path: Path) -> None:
+    model = model_of(GatedMLP())
+    memsave.convert_model(model, SAMPLED)
+    memsave.save(model, tmp_path / "saved")
+    loaded = memsave.load(tmp_path / "saved", model_of(GatedMLP()))
+    assert repr(loaded) == repr(model)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))

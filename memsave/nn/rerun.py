@@ -1,4 +1,4 @@
-"""Rows drawn in backward: the weight gradient of a linear whose whole input is at hand there, from a part of its rows.
+"""What linears do in a forward that is run again in backward: draw rows for their weight gradients, skip products.
 
 x is (N, D); dy (N, O); rows (k,) int32; scale (k,) fp32. dW = dy^T x is a sum over rows of outer products. In backward
 both factors are known, so row i is drawn with a probability proportional to |x_i| |dy_i|: of all the unbiased
@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,22 +59,34 @@ def _row_norms(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dim=1, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
+class Rerun(NamedTuple):
+    """A forward that is run again.
+
+    Attributes:
+        draws: for each linear that draws, its draw.
+        unread: the linear whose output nobody reads: it is there to be differentiated only.
+    """
+
+    draws: Mapping[nn.Module, BackwardDraw]
+    unread: nn.Module | None
+
+
 # Local to a thread: on a GPU, backward and the forwards that it runs again are in a thread of their own.
 _now = threading.local()
 
 
 @contextmanager
-def drawing(draws: Mapping[nn.Module, BackwardDraw]) -> Iterator[None]:
-    """Within it, these linears record that their weight gradients come from these draws."""
-    before = getattr(_now, "draws", {})
-    _now.draws = draws
+def rerunning(rerun: Rerun) -> Iterator[None]:
+    """Within it, the linears named in `rerun` do what it says."""
+    before = getattr(_now, "rerun", None)
+    _now.rerun = rerun
     try:
         yield
     finally:
-        _now.draws = before
+        _now.rerun = before
 
 
-def draw_of(linear: nn.Module) -> BackwardDraw | None:
-    """The draw that `linear`, called now, must record, or None."""
-    draws: Mapping[nn.Module, BackwardDraw] = getattr(_now, "draws", {})
-    return draws.get(linear)
+def asked_of(linear: nn.Module) -> tuple[BackwardDraw | None, bool]:
+    """The draw that `linear`, called now, must record, or None; and whether nobody reads its output."""
+    rerun: Rerun | None = getattr(_now, "rerun", None)
+    return (None, False) if rerun is None else (rerun.draws.get(linear), rerun.unread is linear)
