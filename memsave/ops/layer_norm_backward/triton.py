@@ -49,7 +49,7 @@ def backward_kernel(
     for r in range(group * rows, tl.minimum(group * rows + rows, N)):
         root = tl.load(rstd + r * stride_rstd)
         wide = tl.load(x + r * stride_x_n + wide_d * stride_x_d, mask=inside, other=0.0).to(WIDE)
-        xhat = tl.where(inside, (wide - tl.sum(wide) / D) * root, 0.0)
+        xhat = (wide - tl.sum(wide) / D) * root  # not 0 outside of the row, but dxhat is
         dxhat = tl.load(dy + r * stride_dy_n + wide_d * stride_dy_d, mask=inside, other=0.0).to(WIDE)
         if NEEDS_SUMS:
             products += dxhat * xhat

@@ -150,11 +150,8 @@ MUTANTS = [
     ("layer_norm_backward", "group * rows + rows, N)", "group * rows + rows, N - 1)"),
     ("layer_norm_backward", "products += dxhat", "products = dxhat"),
     ("layer_norm_backward", "dys += dxhat", "dys = dxhat"),
-    (
-        "layer_norm_backward",
-        "tl.where(inside, (wide - tl.sum(wide) / D) * root, 0.0)",
-        "(wide - tl.sum(wide) / D) * root",
-    ),
+    ("layer_norm_backward", "wide - tl.sum(wide) / D", "wide"),
+    ("layer_norm_backward", "wide_d * stride_dy_d, mask=inside, other=0.0", "wide_d * stride_dy_d"),
     ("layer_norm_backward", "dxhat - tl.sum(dxhat) / D", "dxhat"),
     ("layer_norm_backward", "group * 2 * D + D + d", "group * 2 * D + d"),
     ("layer_norm_backward", "r * stride_dy_n", "r * D"),
