@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..rms_norm.triton import TRITON_DTYPES, tile
-from ..rms_norm_backward.triton import group_rows
+from ..triton_rows import TRITON_DTYPES, group_rows, tile
 
 
 @triton.jit
