@@ -11,6 +11,7 @@ from memsave.ops import _native
 from tests.cases.ops import CASES, SPECS, cases_of
 from tests.harness import OpCase, as_tuple, assert_same, check, has_kernel, implementation
 from tests.harness.coverage import missing_rows
+from tests.ops.threads import threads
 
 SMALL = [case for case in CASES if not case.large]
 NATIVE = [case for case in CASES if has_kernel(case.op, "native")]
@@ -39,12 +40,8 @@ def test_native(case: OpCase) -> None:
 @needs_native
 @pytest.mark.parametrize("case", [case for case in NATIVE if case.large], ids=lambda case: case.id)
 def test_native_on_several_threads(case: OpCase) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    with threads(3):
         check(case, implementation(case.op, "native"), deterministic=(False,))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("case", COMPARABLE, ids=ids(COMPARABLE))
