@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases.ops import SPECS
+from tests.cases.ops import SPECS, one_dtype
 from tests.harness import OpCase, has_kernel
 
 from .kernels import KERNEL_CASES, interpret
@@ -126,16 +125,14 @@ def test_every_kernel_has_mutants() -> None:
 @cache
 def most_telling_first(op: str) -> list[OpCase]:
     """The rows of an op: each kind in one dtype before the others, large ones later, gaps in memory first."""
-    seen = set()
+    cases = [case for case in KERNEL_CASES if case.op == op]
+    first = one_dtype(cases)
 
     def rank(case: OpCase) -> tuple[bool, bool, bool]:
-        kind = re.sub(r"_b?float\d\d", "", case.name)
-        repeated = kind in seen
-        seen.add(kind)
         gaps = any(isinstance(a, torch.Tensor) and not a.is_contiguous() for a in case.make())
-        return repeated, case.large, not gaps
+        return case not in first, case.large, not gaps
 
-    return sorted((case for case in KERNEL_CASES if case.op == op), key=rank)
+    return sorted(cases, key=rank)
 
 
 def load_mutant(op: str, right: str, wrong: str, path: Path) -> Any:
