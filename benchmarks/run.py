@@ -24,7 +24,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.cases.estimates import EstimateCase
 from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.losses import LossCase
-from benchmarks.cases.ops import OpCase
+from benchmarks.cases.op_case import OpCase
 from benchmarks.cases.quality import QUALITY_CASES, GradNormsCase, QualityCase
 from benchmarks.cases.tiles import tile_cases
 from benchmarks.cases.training import ForwardCase, StepCase, TrainingCase

@@ -4,27 +4,12 @@
 // give what torch's operators give.
 #pragma once
 
+#include "exponential.h"
 #include "row_blocks.h"
 
 namespace memsave {
 
 enum Kind : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3, kRelu = 4, kReluSquared = 5, kMish = 6 };
-
-// e^x = 2^n e^r with |r| <= log(2) / 2, within 2 units in the last place; 0 below -87, infinity above 88.
-MS_INLINE float exp_of(float x) {
-  const float shifted = x * 1.44269504f + 0x1.8p23f;  // in its last bits, n
-  const float n = shifted - 0x1.8p23f;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  float p = 1.3814611593261361e-3f;
-  p = p * r + 8.368710055947304e-3f;
-  p = p * r + 4.166838899254799e-2f;
-  p = p * r + 1.666652113199234e-1f;
-  p = p * r + 0.5f;
-  p = (p * r) * r + r + 1.0f;
-  const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) - 0x4B400000u + 127u) << 23);
-  const float value = x < -87.0f ? 0.0f : p * power;
-  return x > 88.0f ? bit_cast<float>(0x7F800000u) : value;
-}
 
 MS_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import memsave
 from tests.harness import assert_within_budget
 
-from .ops import Contender, Inputs, OpCase
+from .op_case import Contender, Inputs, OpCase
 
 CHECKED_TOKENS = 1024
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

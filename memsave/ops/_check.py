@@ -47,6 +47,16 @@ def same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"all tensors must be on one device; got {given}.")
 
 
+def normalized(dy: Tensor, x: Tensor, rstd: Tensor) -> None:
+    """x (N, D) of a norm, dy like it, and rstd (N,), float32 or float64."""
+    floating("x", x, 2)
+    floating("dy", dy, 2)
+    if dy.shape != x.shape:
+        raise ValueError(f"dy must have the shape of x, {tuple(x.shape)}; got {tuple(dy.shape)}.")
+    typed("rstd", rstd, torch.float64 if rstd.dtype == torch.float64 else torch.float32, 1)
+    length("rstd", rstd, x.shape[0], "rows of x")
+
+
 def kept_rows(k: int, n: int) -> None:
     if n > MAX_ROWS:
         raise ValueError(f"at most {MAX_ROWS} rows can be drawn from, because rows are int32; got {n}.")

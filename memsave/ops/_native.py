@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _NAMES = {
     "Darwin": ("_libmemsave.dylib", "libtorch_cpu.dylib"),
@@ -73,3 +74,13 @@ def function(name: str, *argtypes: Any) -> Callable[..., int]:
     found = getattr(loaded, name)
     found.argtypes, found.restype = argtypes, ctypes.c_int64
     return found
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (N, D) with neighbouring features next to each other in memory; a copy where they are not."""
+    return x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def rows_bytes(x: Tensor) -> int:
+    """What `rows_of` allocates."""
+    return 0 if x.stride(1) == 1 or x.numel() == 0 else x.numel() * x.element_size()

@@ -8,14 +8,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memsave import ops
 from memsave.ops import _native
-from tests.cases.ops import CASES, SPECS, cases_of
+from tests.cases.ops import CASES, SPECS, cases_of, one_dtype
 from tests.harness import OpCase, as_tuple, assert_same, check, has_kernel, implementation
 from tests.harness.coverage import missing_rows
+from tests.ops.threads import threads
 
 SMALL = [case for case in CASES if not case.large]
 NATIVE = [case for case in CASES if has_kernel(case.op, "native")]
-# opcheck compares outputs, and takes NaN to differ from NaN.
-COMPARABLE = [case for case in SMALL if not case.name.startswith("not_finite_")]
+# opcheck compares outputs, and takes NaN to differ from NaN. It looks at how an op is declared, for which one dtype is
+# enough: what depends on dtypes is checked by the other tests here, on every row.
+COMPARABLE = one_dtype(case for case in SMALL if not case.name.startswith("not_finite_"))
 BACKENDS = ["reference"] + ["native"] * (_native.library() is not None)
 
 needs_native = pytest.mark.skipif(_native.library() is None, reason=f"no C++ kernels: {_native.state()}")
@@ -39,12 +41,8 @@ def test_native(case: OpCase) -> None:
 @needs_native
 @pytest.mark.parametrize("case", [case for case in NATIVE if case.large], ids=lambda case: case.id)
 def test_native_on_several_threads(case: OpCase) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    with threads(3):
         check(case, implementation(case.op, "native"), deterministic=(False,))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("case", COMPARABLE, ids=ids(COMPARABLE))

@@ -12,6 +12,7 @@ from memsave import ops
 from memsave.ops import _native
 from tests.cases.ops.inputs import FLOATS, HALF, matrix
 from tests.harness import assert_same
+from tests.ops.threads import threads
 
 BACKENDS = ["reference"] + ["native"] * (_native.library() is not None)
 
@@ -49,13 +50,10 @@ def test_on_the_cpu_the_output_has_the_bits_of_torch(affine: tuple[bool, bool], 
 @pytest.mark.skipif(_native.library() is None, reason=f"no C++ kernels: {_native.state()}")
 def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
     x, dy = (matrix(1300, 67, torch.bfloat16, value=v) for v in (1, 5))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    found = []
+    for count in (1, 2, 3):
+        with threads(count):
             found.append(ops.layer_norm_backward(dy, x, torch.ones(1300), torch.ones(67)))
-    finally:
-        torch.set_num_threads(threads)
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
 

@@ -36,7 +36,7 @@ MISTAKES = {
     "logit_statistics": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
     "logit_statistics_backward": ("n = std::min(kBlock, job.columns - start)", "n = kBlock", "heap-buffer-overflow"),
     "rms_norm": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
-    "rms_norm_backward": ("columns, 1, element_bytes", "columns, 0, element_bytes", "heap-buffer-overflow"),
+    "rms_norm_backward": ("columns, 1, element_bytes", "columns - 1, 1, element_bytes", "heap-buffer-overflow"),
     "layer_norm_backward": ("columns, 2, 4)", "columns, 1, 4)", "heap-buffer-overflow"),
     "pack_bits": ("source + 8 * whole, source + columns", "source + 8 * whole, source + columns + 1", "overflow"),
     "masked_scale": ("j + 32 <= n", "j < n", "buffer-overflow"),

@@ -9,6 +9,7 @@ from typing import Any
 import triton.language as tl
 
 from memsave.ops.activation import Activation
+from memsave.ops.triton_rows import tile
 
 from .resources import TARGETS, Build
 
@@ -87,7 +88,7 @@ def norm_builds() -> list[Build]:
     builds = []
     for target, (gpu, _) in TARGETS.items():
         for style, (dtype, features) in enumerate([("fp16", 64), ("bf16", 2048), ("fp32", 16384), ("bf16", 16384)]):
-            block, warps = kernels_of("rms_norm").tile(features, gpu.warp_size)
+            block, warps = tile(features, gpu.warp_size)
             pointers = dict.fromkeys(("x", "weight", "bias", "y", "dy", "dx"), f"*{dtype}")
             pointers |= dict.fromkeys(("rstd", "sums"), "*fp32")
             strides = dict.fromkeys(("stride_n", "stride_x_n", "stride_dy_n"), "i32")

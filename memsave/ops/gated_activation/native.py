@@ -6,10 +6,9 @@ from ctypes import c_int64, c_void_p
 
 from torch import Tensor
 
-from .._native import function
+from .._native import function, rows_bytes
 from ..activation.kind import Activation
 from ..activation.native import MATRIX, SHAPE, by_torch, matrices
-from ..rms_norm.native import rows_bytes
 from . import reference
 
 _BY_TORCH = frozenset({Activation.GELU})

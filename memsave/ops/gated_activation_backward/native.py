@@ -6,9 +6,8 @@ from ctypes import c_int64, c_void_p
 
 from torch import Tensor
 
-from .._native import function
+from .._native import function, rows_bytes
 from ..activation.native import MATRIX, SHAPE, by_torch, matrices
-from ..rms_norm.native import rows_bytes
 from . import reference
 
 _kernel = function("ms_gated_activation_backward", *SHAPE, c_int64, *MATRIX, *MATRIX, *MATRIX, c_void_p, c_void_p)

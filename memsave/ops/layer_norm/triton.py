@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..rms_norm.style import statistic_dtype
-from ..rms_norm.triton import TRITON_DTYPES, tile
+from ..triton_rows import TRITON_DTYPES, tile
 
 
 @triton.jit

@@ -6,7 +6,6 @@ mean(dxhat * xhat)) over each row; over the rows, dweight = sum of dy * xhat, db
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _check
@@ -57,12 +56,7 @@ def layer_norm_backward(
         ValueError: a tensor of another shape or dtype, tensors on several devices.
         RuntimeError: an input requires grad while grad mode is on.
     """
-    _check.floating("x", x, 2)
-    _check.floating("dy", dy, 2)
-    if dy.shape != x.shape:
-        raise ValueError(f"dy must have the shape of x, {tuple(x.shape)}; got {tuple(dy.shape)}.")
-    _check.typed("rstd", rstd, torch.float64 if rstd.dtype == torch.float64 else torch.float32, 1)
-    _check.length("rstd", rstd, x.shape[0], "rows of x")
+    _check.normalized(dy, x, rstd)
     if weight is not None:
         _check.floating("weight", weight, 1)
         _check.length("weight", weight, x.shape[1], "features of x")

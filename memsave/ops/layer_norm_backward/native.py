@@ -10,8 +10,8 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .._native import DTYPE_CODES, function
-from ..rms_norm.native import rows_bytes, rows_of, scale_bytes, scale_of, widens_evenly
+from .._native import DTYPE_CODES, function, rows_bytes, rows_of
+from ..rms_norm.native import scale_bytes, scale_of, widens_evenly
 from ..rms_norm.style import HALF
 from . import reference
 

@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..rms_norm.triton import TRITON_DTYPES, tile
-from ..rms_norm_backward.triton import group_rows
+from ..triton_rows import TRITON_DTYPES, group_rows, tile
 
 
 @triton.jit
@@ -49,7 +48,7 @@ def backward_kernel(
     for r in range(group * rows, tl.minimum(group * rows + rows, N)):
         root = tl.load(rstd + r * stride_rstd)
         wide = tl.load(x + r * stride_x_n + wide_d * stride_x_d, mask=inside, other=0.0).to(WIDE)
-        xhat = tl.where(inside, (wide - tl.sum(wide) / D) * root, 0.0)
+        xhat = (wide - tl.sum(wide) / D) * root  # not 0 outside of the row, but dxhat is
         dxhat = tl.load(dy + r * stride_dy_n + wide_d * stride_dy_d, mask=inside, other=0.0).to(WIDE)
         if NEEDS_SUMS:
             products += dxhat * xhat

@@ -7,8 +7,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .._native import DTYPE_CODES, function
-from ..rms_norm.native import rows_bytes, rows_of
+from .._native import DTYPE_CODES, function, rows_bytes, rows_of
 from . import reference
 
 _kernel = function(

@@ -5,6 +5,9 @@ A file for each op, with `SPEC` (what is right) and `CASES` (the rows). `inputs.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from tests.harness import OpCase, OpSpec
 
 from . import (
@@ -42,3 +45,11 @@ CASES: list[OpCase] = [case for table in _TABLES for case in table.CASES]
 def cases_of(*ops: str, large: bool | None = None) -> list[OpCase]:
     """The rows of the named ops; `large=False` leaves out the large ones."""
     return [case for case in CASES if case.op in ops and large in (None, case.large)]
+
+
+def one_dtype(cases: Iterable[OpCase]) -> list[OpCase]:
+    """The first row of each kind: rows of an op that differ in the dtypes in their names alone count once."""
+    first: dict[tuple[str, str], OpCase] = {}
+    for case in cases:
+        first.setdefault((case.op, re.sub(r"_?b?float\d\d", "", case.name)), case)
+    return list(first.values())
