@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import result_files
 from benchmarks.result_files import RESULTS
-from benchmarks.tables import ROOT, by_size, by_variant, device_in_words, in_words
+from benchmarks.tables import MIB, ROOT, by_size, by_variant, device_in_words, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,6 +70,7 @@ def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:
         ops = [data for data in found if data["case"]["kind"] == "op" and not data["case"]["name"].startswith("tiles")]
         if steps:
             plots.append(Plot(images / f"{folder.name}-steps.png", steps, draw_steps))
+            plots.append(Plot(images / f"{folder.name}-pareto.png", steps, draw_pareto))
         if ops:
             plots.append(Plot(images / f"{folder.name}-ops.png", ops, draw_ops))
         trained = [data for data in found if data["case"]["kind"] == "quality"]
@@ -92,7 +93,7 @@ def draw_steps(shown: Sequence[dict[str, Any]]) -> Figure:
     for axes, data in zip(panels, shown, strict=True):
         first = data["results"][0]
         bars = {
-            "peak memory": (MEMORY, [r["peak_bytes"] / first["peak_bytes"] for r in data["results"]]),
+            "peak memory": (MEMORY, [_peak_bytes(r) / _peak_bytes(first) for r in data["results"]]),
             "step time": (TIME, [r["median_s"] / first["median_s"] for r in data["results"]]),
         }
         _draw_bars(axes, [r["variant"] for r in data["results"]], bars)
@@ -101,6 +102,34 @@ def draw_steps(shown: Sequence[dict[str, Any]]) -> Figure:
     panels[-1].set_xlabel("relative to the plain model; less is better")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
     return figure
+
+
+def draw_pareto(shown: Sequence[dict[str, Any]]) -> Figure:
+    """A panel for each training step, each variant a point with a number: peak memory and time. A line joins those of
+    which no other is both smaller and faster."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2 * len(shown)), layout="constrained")
+    for axes, data in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
+        points = sorted((_peak_bytes(r) / MIB, r["median_s"] * 1e3, r["variant"]) for r in data["results"])
+        for number, (mebibytes, milliseconds, variant) in enumerate(points, 1):
+            color = TIME if variant.startswith("memsave") else MEMORY
+            axes.plot(mebibytes, milliseconds, "o", color=color, label=f"{number}  {variant}")
+            axes.annotate(f" {number}", (mebibytes, milliseconds), fontsize=8, va="bottom")
+        best = [p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)]
+        axes.plot([p[0] for p in best], [p[1] for p in best], color="gray", linewidth=0.8, linestyle=":", zorder=0)
+        axes.margins(x=0.1, y=0.1)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("peak memory (MiB); less is better")
+        axes.set_ylabel("step (ms); less is better")
+        axes.set_title(f"{data['case']['title']}\n{device_in_words(data)}", fontsize=9)
+    return figure
+
+
+def _peak_bytes(result: dict[str, Any]) -> int:
+    """On a GPU the allocator's peak, which compiled code has, too."""
+    return result["allocator_peak_bytes"] or result["peak_bytes"]
 
 
 def draw_ops(shown: Sequence[dict[str, Any]]) -> Figure:

@@ -22,16 +22,19 @@ import torch
 from benchmarks import result_files, tables
 from benchmarks.cases import CASES, Case
 from benchmarks.cases.estimates import EstimateCase
+from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.losses import LossCase
-from benchmarks.cases.ops import OpCase
+from benchmarks.cases.op_case import OpCase
 from benchmarks.cases.quality import QUALITY_CASES, GradNormsCase, QualityCase
 from benchmarks.cases.tiles import tile_cases
-from benchmarks.cases.training import StepCase, TrainingCase
+from benchmarks.cases.training import ForwardCase, StepCase, TrainingCase
 from benchmarks.cases.variance import VarianceCase
 from benchmarks.checks import CheckFailed
 from benchmarks.result_files import ResultError
 from benchmarks.runners.estimates import run_estimate_case
+from benchmarks.runners.forward import run_forward_case
 from benchmarks.runners.grad_norms import run_grad_norms_case
+from benchmarks.runners.kept import run_kept_case
 from benchmarks.runners.models import run_model_case
 from benchmarks.runners.ops import run_op_case
 from benchmarks.runners.quality import further_runs
@@ -40,10 +43,12 @@ from benchmarks.runners.variance import run_variance_case
 RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, str]]]] = {
     TrainingCase: run_model_case,
     StepCase: run_model_case,
+    ForwardCase: run_forward_case,
     OpCase: run_op_case,
     LossCase: run_op_case,
     VarianceCase: run_variance_case,
     EstimateCase: run_estimate_case,
+    KeptCase: run_kept_case,
     GradNormsCase: run_grad_norms_case,
 }
 # Those that go on where they were: given a case and its results so far, they give each further one as it is there.

@@ -185,6 +185,30 @@ def in_bytes(count: int) -> str:
     return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count} B"
 
 
+def kept_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each architecture: what the plain and the converted model keep, in every dtype."""
+    dtypes = list(dict.fromkeys(r["dtype"] for r in data["results"]))
+    rows = [["architecture", *(cell for dtype in dtypes for cell in (f"{dtype}: plain", "converted", "ratio"))]]
+    for name in dict.fromkeys(r["architecture"] for r in data["results"]):
+        found = {r["dtype"]: r for r in data["results"] if r["architecture"] == name}
+        dropout = next(iter(found.values()))["dropout"]
+        row = [f"{name}, dropout {dropout}" if dropout else name]
+        for plain_bytes, converted_bytes in ((found[d]["plain_bytes"], found[d]["converted_bytes"]) for d in dtypes):
+            row += [in_bytes(plain_bytes), in_bytes(converted_bytes), f"{converted_bytes / plain_bytes:.2f}x"]
+        rows.append(row)
+    return rows
+
+
+def forward_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each variant, beside the first."""
+    first = data["results"][0]
+    rows = [["variant", "temporary", "time", "CPU time"]]
+    for r in data["results"]:
+        time = f"{r['median_s'] * 1e3:.0f} ms ({r['median_s'] / first['median_s']:.2f}x)"
+        rows.append([r["variant"], mebibytes(r, first, "temporary_bytes"), time, f"{r['cpu_s'] / first['cpu_s']:.2f}x"])
+    return rows
+
+
 def estimate_rows(data: dict[str, Any]) -> list[list[str]]:
     """A row for each tool."""
     rows = [["", "predicted peak", "time", "CPU time", "largest size of the process"]]
@@ -214,10 +238,12 @@ def aim_in_words(data: dict[str, Any]) -> str:
 ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "training": model_rows,
     "step": model_rows,
+    "forward": forward_rows,
     "op": op_rows,
     "loss": op_rows,
     "variance": variance_rows,
     "estimate": estimate_rows,
+    "kept": kept_rows,
     "quality": quality_rows,
     "grad_norms": grad_norms_rows,
 }

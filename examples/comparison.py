@@ -71,15 +71,15 @@ def in_words(results: Sequence[Result], keep_ratio: float) -> list[str]:
         f"{r.validation_loss - first.validation_loss:+.4f}."
         for r in others
     ]
-    if "plain" in by_name and "exact" in by_name:
-        pairs = zip(by_name["plain"].training_losses, by_name["exact"].training_losses, strict=True)
-        gaps = [abs(plain - exact) for plain, exact in pairs]
-        sentences.append(
-            f"exact computes what plain does up to rounding: their training losses differ by {max(gaps[:10]):.1g} at "
-            f"most in the first ten steps; training makes rounding grow, to {max(gaps):.1g} at most."
-        )
-    if "exact" in by_name and "wta_crs" in by_name:
-        sentences.append(_sampling_in_words(by_name["exact"], by_name["wta_crs"], keep_ratio))
+    for name in ("exact", "all"):
+        if "plain" in by_name and name in by_name:
+            sentences.append(_rounding_in_words(by_name["plain"], by_name[name]))
+    for base, added, what in (
+        ("exact", "all", "computing the MLPs again"),
+        ("all", "all+wta_crs", f"sampling {keep_ratio:.0%} of the rows"),
+    ):
+        if base in by_name and added in by_name:
+            sentences.append(f"What {what} adds to {base}: {_change_in_words(by_name[base], by_name[added])}.")
     fixed_bytes = sum(first.profile.by_category[name] for name in ("weights", "gradients", "optimizer"))
     sentences.append(
         f"{fixed_bytes / 2**20:.1f} MiB of {first.variant}'s peak are weights, gradients and optimizer states, which "
@@ -88,20 +88,23 @@ def in_words(results: Sequence[Result], keep_ratio: float) -> list[str]:
     return sentences
 
 
-def _sampling_in_words(exact: Result, sampled: Result, keep_ratio: float) -> str:
-    change = sampled.peak_bytes / exact.peak_bytes - 1
-    sentence = (
-        f"What sampling adds to exact: with {keep_ratio:.0%} of the rows the peak changes by {change:+.0%}, the bytes "
-        f"kept for backward by {sampled.kept_bytes / exact.kept_bytes - 1:+.0%}, the step time by "
-        f"{sampled.step_seconds / exact.step_seconds - 1:+.0%}, the validation loss by "
-        f"{sampled.validation_loss - exact.validation_loss:+.4f}."
+def _rounding_in_words(plain: Result, exact: Result) -> str:
+    pairs = zip(plain.training_losses, exact.training_losses, strict=True)
+    gaps = [abs(one - other) for one, other in pairs]
+    return (
+        f"{exact.variant} computes what {plain.variant} does up to rounding: their training losses differ by "
+        f"{max(gaps[:10]):.1g} at most in the first ten steps; training makes rounding grow, to {max(gaps):.1g} at "
+        "most."
     )
-    if change > -0.1:
-        sentence += (
-            " So WTA-CRS alone gains little memory on this model: it thins out the inputs of the linear layers, but "
-            "the attention, activation functions and products beside them keep their own inputs whole."
-        )
-    return sentence
+
+
+def _change_in_words(before: Result, after: Result) -> str:
+    return (
+        f"the peak changes by {after.peak_bytes / before.peak_bytes - 1:+.0%}, the bytes kept for backward by "
+        f"{after.kept_bytes / before.kept_bytes - 1:+.0%}, the step time by "
+        f"{after.step_seconds / before.step_seconds - 1:+.0%}, the validation loss by "
+        f"{after.validation_loss - before.validation_loss:+.4f}"
+    )
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

@@ -38,9 +38,6 @@ SIZES = {
     "small": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
     "medium": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
 }
-# The one linear of a Llama layer whose input nobody else keeps or can recompute. Sampling the others too would free no
-# byte more (attention keeps o_proj's input, the norms recompute the rest) and add their noise.
-SAMPLED_LINEARS = r".*\.down_proj"
 # Step 0 creates the optimizer's states and warms up; from step 1 on every step has the same memory profile.
 MEASURED_STEP = 1
 VALIDATION_BATCHES = 16
@@ -62,18 +59,24 @@ def apply_exact(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
     print(memsave.convert_model(model))
 
 
-def apply_wta_crs(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
-    """The exact methods, and weight gradients estimated from a sample of the rows."""
-    memsave.convert_model(model)
-    config = memsave.WTACRSConfig(keep_ratio=options.keep_ratio, target_modules=options.sampled)
-    print(memsave.convert_model(model, config))
+def apply_all(model: LlamaForCausalLM, options: argparse.Namespace, keep_ratio: float = 1.0) -> None:
+    """The exact methods, and of each MLP only the input is kept: backward computes all of it again."""
+    mlp = memsave.RecomputeMLPConfig(recompute="all", keep_ratio=keep_ratio, target_modules=r".*")
+    others = [method() for method in memsave.methods.METHODS if method.default and method is not type(mlp)]
+    print(memsave.convert_model(model, [*others, mlp]))
+
+
+def apply_all_wta_crs(model: LlamaForCausalLM, options: argparse.Namespace) -> None:
+    """The same, and backward estimates the weight gradients of the MLPs from a sample of the rows."""
+    apply_all(model, options, options.keep_ratio)
 
 
 VARIANTS: dict[str, Callable[[LlamaForCausalLM, argparse.Namespace], None]] = {
     "plain": apply_plain,
     "checkpoint": apply_checkpoint,
     "exact": apply_exact,
-    "wta_crs": apply_wta_crs,
+    "all": apply_all,
+    "all+wta_crs": apply_all_wta_crs,
 }
 
 
@@ -268,8 +271,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=at_least(1), default=4, help="sequences in a batch")
     parser.add_argument("--length", type=at_least(2), default=256, help="bytes in a sequence, at least 2")
     parser.add_argument("--lr", type=fraction, default=1e-3, help="highest learning rate, at most 1")
-    parser.add_argument("--keep-ratio", type=fraction, default=0.3, help="share of the rows that WTA-CRS keeps")
-    parser.add_argument("--sampled", default=SAMPLED_LINEARS, metavar="REGEX", help="linears that WTA-CRS samples")
+    parser.add_argument("--keep-ratio", type=fraction, default=0.3, help="share of the rows that all+wta_crs uses")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the batches and the sampling")
     parser.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for results.json and results.png")
@@ -292,10 +294,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, prints the table and what it means, and writes JSON and a picture."""
     options = parse_options(arguments)
-    try:
-        results = train(options, options.data)
-    except memsave.NoMatchError as error:
-        raise SystemExit(f"error: argument --sampled: {error}") from None
+    results = train(options, options.data)
     words = in_words(results, options.keep_ratio)
     print(f"\n{table(results)}\n")
     print(*words, sep="\n")

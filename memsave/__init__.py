@@ -28,7 +28,15 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .memory import MemoryProfile, estimate, measure, saved_bytes
-    from .methods import RecomputeNormConfig, WTACRSConfig
+    from .methods import (
+        LinearCrossEntropyConfig,
+        RecomputeActivationConfig,
+        RecomputeDropoutConfig,
+        RecomputeMLPConfig,
+        RecomputeNormConfig,
+        ShareMaskConfig,
+        WTACRSConfig,
+    )
     from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .nn.linear_cross_entropy import linear_cross_entropy
     from .ops import backends
@@ -56,7 +64,15 @@ _PLACES = {
         "UnsupportedModelError",
     ),
     "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
-    "methods": ("RecomputeNormConfig", "WTACRSConfig"),
+    "methods": (
+        "LinearCrossEntropyConfig",
+        "RecomputeActivationConfig",
+        "RecomputeDropoutConfig",
+        "RecomputeMLPConfig",
+        "RecomputeNormConfig",
+        "ShareMaskConfig",
+        "WTACRSConfig",
+    ),
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
@@ -70,6 +86,7 @@ __all__ = [
     "ConversionError",
     "EstimateError",
     "Guarantee",
+    "LinearCrossEntropyConfig",
     "LoadError",
     "MemoryProfile",
     "MemsaveError",
@@ -77,9 +94,13 @@ __all__ = [
     "NoMatchError",
     "NotAModelError",
     "Report",
+    "RecomputeActivationConfig",
+    "RecomputeDropoutConfig",
+    "RecomputeMLPConfig",
     "RecomputeNormConfig",
     "RestoreError",
     "SaveError",
+    "ShareMaskConfig",
     "UnsupportedModelError",
     "WTACRSConfig",
     "backends",

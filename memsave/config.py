@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar
@@ -48,12 +48,19 @@ class MethodConfig:
     changes_keys: ClassVar[bool] = False
     """Whether converted modules have other `state_dict` keys or shapes than plain ones: then `save_pretrained` of the
     model raises, and `memsave.save` and `memsave.load` keep it."""
+    replaces_itself: ClassVar[bool] = False
+    """Whether converting a module again with other settings of the method replaces the earlier ones: `convert` must
+    then work on a module that the method has converted. A call without configs leaves such a module as it is."""
     docs: ClassVar[str] = ""
 
     @property
     def optional_keys(self) -> tuple[str, ...]:
         """Keys that a converted module's `state_dict` may have or lack, with tensors of any shape."""
         return ()
+
+    def applies(self, model: nn.Module) -> bool:
+        """Whether `model` has anything that this method of model scope is about, judged by classes alone."""
+        return True
 
     def why_not(self, module: nn.Module) -> str | None:
         """Say in words why `module` cannot be converted, or return None. Changes nothing."""
@@ -159,12 +166,24 @@ class TargetedConfig(MethodConfig):
         if self.target_modules is None and self.guarantee is not Guarantee.EXACT:
             raise ValueError(
                 f"{type(self).__name__} changes results ({self.guarantee}), so it must be aimed: give target_modules, "
-                f"for example ['up_proj', 'down_proj'], or r'.*' for every module that it can convert"
+                "a list of module names or a regular expression; r'.*' means every module that it can convert"
             )
 
     def candidate(self, module: nn.Module) -> bool:
         """Whether `module` is of a kind that this method converts (judged by its class and structure alone)."""
         raise TypeError(f"{type(self).__name__} does not define candidate(module)")
+
+    def companions(self, module: nn.Module) -> Sequence[str]:
+        """Names, from `module` on, of modules within it that are converted with it, whether they are targets or not."""
+        return ()
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether `convert` takes a module of this kind: a candidate, or a companion of one."""
+        return self.candidate(module)
+
+    def found_in(self, modules: Collection[nn.Module]) -> list[nn.Module]:
+        """Which of all the `modules` of a model are meant where no target_modules are given: every candidate."""
+        return [module for module in modules if self.candidate(module)]
 
 
 def applied_configs(module: nn.Module) -> dict[str, MethodConfig]:

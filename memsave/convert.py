@@ -6,44 +6,25 @@ any exception the model is put back as it was.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from .config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
+from .applying import Change, apply_changes, unapply_changes
+from .config import Guarantee, MethodConfig, TargetedConfig, applied_configs
 from .errors import (
-    ConflictError,
     MemsaveError,
-    NoMatchError,
     NotAModelError,
     RestoreError,
     UnsupportedModelError,
     raise_all,
 )
-from .guard import guard_saving
-from .report import NOT_A_MODEL, Estimate, Report, Skip, group_rows, group_skips, groups, pattern
-from .targets import Named, base_class, entries_of, missed_exclusions, missed_target
+from .planning import kind_of, names_by_module, plan_changes, problems_of_defaults, skipped
+from .report import NOT_A_MODEL, Estimate, Report, group_rows
 from .wrappers import wrapping
 
 _UNCHANGED = "The model was not changed."
-_IS_ROOT = "it is the model itself, whose class never changes; put it in a container"
-
-
-class Change(NamedTuple):
-    name: str
-    module: nn.Module
-    config: MethodConfig
-
-
-@dataclass
-class _Plan:
-    changes: list[Change] = field(default_factory=list)
-    already: list[Change] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
-    problems: list[MemsaveError] = field(default_factory=list)
 
 
 def convert_model(
@@ -71,15 +52,15 @@ def convert_model(
         ConversionError: several of these at once, all listed. In every case the model is unchanged.
     """
     wanted = _as_configs(model, configs)
-    modules = _names_by_module(model)
-    plan = _plan(model, wanted, modules)
-    raise_all(plan.problems if configs is not None else _problems_of_defaults(plan, wanted, modules))
-    kinds = {id(m.module): _kind(m.module) for m in modules}
+    modules = names_by_module(model)
+    plan = plan_changes(model, wanted, modules, defaults=configs is None)
+    raise_all(plan.problems if configs is not None else problems_of_defaults(plan, wanted, modules))
+    kinds = {id(m.module): kind_of(m.module) for m in modules}
     report = Report(
         action="would be converted (dry run)" if dry_run else "converted",
         rows=group_rows(plan.changes, kinds),
         already=group_rows(plan.already, kinds),
-        skipped=_skipped(modules, plan, wanted),
+        skipped=skipped(modules, plan, wanted),
         devices=tuple(sorted({str(p.device) for p in model.parameters()})),
         estimate=None if batch is None else _estimate(model, configs, batch),
     )
@@ -122,7 +103,7 @@ def restore_model(
     _check_model(model, "restore_model")
     if adapters not in (None, "merge", "drop"):
         raise ValueError(f"restore_model: adapters: expected 'merge' or 'drop', got {adapters!r}. {_UNCHANGED}")
-    modules = _names_by_module(model)
+    modules = names_by_module(model)
     found = [Change(m.names[0], m.module, c) for m in modules for c in reversed(applied_configs(m.module).values())]
     present = {change.config.name for change in found}
     chosen = present if methods is None else set([methods] if isinstance(methods, str) else methods)
@@ -134,17 +115,18 @@ def restore_model(
     changes = [change for change in found if change.config.name in chosen]
     problems += _restore_problems(changes, adapters, allow_lossy)
     raise_all(problems)
-    kinds = {id(m.module): _kind(m.module) for m in modules}
+    kinds = {id(m.module): kind_of(m.module) for m in modules}
     rows = group_rows(changes, kinds)
-    _unapply(model, changes, adapters)
+    unapply_changes(model, changes, adapters)
     return Report(action="restored", rows=rows)
 
 
 def _restore_problems(changes: Sequence[Change], adapters: str | None, allow_lossy: bool) -> list[MemsaveError]:
     problems: list[MemsaveError] = []
-    for name, module, config in changes:
-        if reason := config.why_not_restore(module):
-            problems.append(RestoreError(f"restore_model: {name or 'the model'}: {reason}. {_UNCHANGED}"))
+    reasons = ((name or "the model", config.why_not_restore(module)) for name, module, config in changes)
+    for name, reason in dict.fromkeys(reasons):
+        if reason is not None:
+            problems.append(RestoreError(f"restore_model: {name}: {reason}. {_UNCHANGED}"))
     for name, guarantee in sorted({(c.config.name, c.config.guarantee) for c in changes}):
         if guarantee is Guarantee.ADAPTER and adapters is None:
             problems.append(
@@ -193,227 +175,3 @@ def _check_model(model: nn.Module, function: str) -> None:
         raise TypeError(f"{function}: expected a torch.nn.Module, got {got}. Nothing was changed.")
     if reason := wrapping(model):
         raise UnsupportedModelError(f"{reason}. {_UNCHANGED}")
-
-
-def _names_by_module(model: nn.Module) -> list[Named]:
-    """Every module once, in order, with every qualified name that it has."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        found.setdefault(id(module), (module, []))[1].append(name)
-    return [Named(module, names) for module, names in found.values()]
-
-
-def _kind(module: nn.Module) -> str:
-    return base_class(module).__name__
-
-
-def _plan(model: nn.Module, configs: Sequence[MethodConfig], modules: Sequence[Named]) -> _Plan:
-    plan = _Plan()
-    planned: dict[int, dict[str, MethodConfig]] = {id(m.module): applied_configs(m.module) for m in modules}
-    conflicts: list[tuple[str, str]] = []
-    for config in configs:
-        if isinstance(config, TargetedConfig):
-            selected = _select(config, modules, plan)
-        else:
-            reason = config.why_not(model)
-            selected = [] if reason else [("", model)]
-            if reason:
-                plan.problems.append(UnsupportedModelError(f"{config}: {reason}. {_UNCHANGED}"))
-        for name, module in selected:
-            present = planned[id(module)]
-            if present.get(config.name) == config:
-                plan.already.append(Change(name, module, config))
-            elif conflict := _conflict(config, present, module):
-                conflicts.append((conflict, name))
-            else:
-                present[config.name] = config
-                plan.changes.append(Change(name, module, config))
-    plan.problems += [ConflictError(f"{pattern(names)}: {why}. {_UNCHANGED}") for why, names in groups(conflicts)]
-    return plan
-
-
-def _problems_of_defaults(plan: _Plan, configs: Sequence[MethodConfig], modules: Sequence[Named]) -> list[MemsaveError]:
-    """The problems of a call without configs: a default method may find nothing where another finds something."""
-    problems = [problem for problem in plan.problems if not isinstance(problem, NoMatchError)]
-    if not (problems or plan.changes or plan.already):
-        reasons = [f"{m.names[0]}: {plan.reasons[id(m.module)]}" for m in modules if id(m.module) in plan.reasons]
-        why = f": {reasons[0].removeprefix(': ')}" if reasons else ""
-        methods = " or ".join(config.name for config in configs)
-        problems.append(NoMatchError(f"the model has no module that {methods} can convert{why}. {_UNCHANGED}"))
-    return problems
-
-
-def _conflict(config: MethodConfig, present: dict[str, MethodConfig], module: nn.Module) -> str | None:
-    """Say why `config` cannot join the configs that `module` has or will have."""
-    if config.name in present:
-        return (
-            f"{config} was asked for, but it is converted by {present[config.name]}; restore that one first: "
-            f'memsave.restore_model(model, methods=["{config.name}"])'
-        )
-    mine = config.parts(module)
-    for other in present.values():
-        theirs = other.parts(module)
-        if both := sorted(part for part in mine.keys() & theirs.keys() if mine[part] != theirs[part]):
-            return f"{config} and {other} both set {', '.join(both)}, differently; leave one of them out"
-    return None
-
-
-def _select(config: TargetedConfig, modules: Sequence[Named], plan: _Plan) -> list[tuple[str, nn.Module]]:
-    """The modules that `config` converts; reasons for the rest and problems go to the plan."""
-    selected: list[tuple[str, nn.Module]] = []
-    hits: Counter[str] = Counter()
-    refused: dict[str, str] = {}
-    targets, excluded = config.target_modules, config.exclude_modules
-    within = _within(config.name, modules)
-    for module, names in modules:
-        name, done = names[0], config.name in applied_configs(module)
-        entries = {""} if targets is None else {entry for n in names for entry in matches(targets, n)}
-        if not entries or not (done or config.candidate(module)):
-            continue
-        if id(module) in within:
-            plan.reasons[id(module)] = f"within what {config.name} converted"
-            continue
-        if excluded is not None and any(matches(excluded, n) for n in names):
-            refused |= dict.fromkeys(entries, "every match is excluded")
-            plan.reasons[id(module)] = f"excluded from {config.name}"
-            continue
-        reason = config.why_not(module) if name else _IS_ROOT
-        if reason and not done:
-            refused |= dict.fromkeys(entries, f"{name}: {reason}" if name else reason)
-            plan.reasons[id(module)] = reason
-            continue
-        hits.update(entries)
-        selected.append((name, module))
-    wanted = [""] if targets is None else entries_of(targets)
-    missed = [missed_target(config, entry, refused.get(entry), modules) for entry in wanted if not hits[entry]]
-    missed += missed_exclusions(config, modules)
-    plan.problems += [NoMatchError(f"{message}. {_UNCHANGED}") for message in missed]
-    return selected
-
-
-def _within(method: str, modules: Sequence[Named]) -> set[int]:
-    """Ids of what lies within a module that `method` converted, such as the base that an adapter wraps."""
-    converted = [m.module for m in modules if method in applied_configs(m.module)]
-    inner = (m for module in converted for m in module.modules())
-    return {id(m) for m in inner if method not in applied_configs(m)}
-
-
-def _skipped(modules: Sequence[Named], plan: _Plan, configs: Sequence[MethodConfig]) -> tuple[Skip, ...]:
-    """Rows for the modules that hold parameters of their own and that no config of this call converts."""
-    done = {id(change.module) for change in [*plan.changes, *plan.already]}
-    held = {id(p): p for m in modules for p in m.module._parameters.values() if p is not None}
-    total = max(sum(p.nbytes for p in held.values()), 1)
-    rows = []
-    for module, names in modules:
-        own = [p for p in module._parameters.values() if p is not None]
-        if id(module) not in done and (own or id(module) in plan.reasons):
-            reason = plan.reasons.get(id(module)) or _why_left(module, configs)
-            rows.append((names[0], _kind(module), reason, sum(p.nbytes for p in own) / total))
-    return group_skips(rows)
-
-
-def _why_left(module: nn.Module, configs: Sequence[MethodConfig]) -> str:
-    methods = "/".join(sorted({config.name for config in configs}))
-    if any(isinstance(config, TargetedConfig) and config.candidate(module) for config in configs):
-        return "not targeted"
-    dimensions = max(p.dim() for p in module._parameters.values() if p is not None)
-    if dimensions > 2 and not hasattr(module, "kernel_size"):
-        return f"holds {dimensions}-D parameters: no linear for {methods}"
-    return f"not a kind that {methods} converts"
-
-
-def _convert(change: Change, module: nn.Module) -> nn.Module:
-    return change.config.convert(module)
-
-
-def apply_changes(
-    model: nn.Module,
-    changes: Iterable[Change],
-    convert: Callable[[Change, nn.Module], nn.Module] = _convert,
-) -> None:
-    """Convert one module at a time; on any exception, also of the iterable, undo all of it."""
-    current: dict[str, nn.Module] = {}
-    undo: list[Callable[[], None]] = []
-    try:
-        for change in changes:
-            name, module, config = change
-            old = current.get(name, module)
-            if old is not module and isinstance(config, TargetedConfig) and not config.candidate(old):
-                other = next(iter(applied_configs(old).values()), "another method")
-                raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
-            new = convert(change, old)
-            undo.append(lambda old=old, new=new, config=config: _put_back(model, new, old, config))  # type: ignore[misc]
-            if new is not old:
-                if config.scope == "model":
-                    raise TypeError(f"{config}: a method of model scope must return the model itself")
-                new.train(old.training)
-                _replace(model, old, new)
-            new.__dict__.setdefault("_memsave", {})[config.name] = config
-            current[name] = new
-        guard_saving(model)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-
-
-def _put_back(model: nn.Module, new: nn.Module, old: nn.Module, config: MethodConfig) -> None:
-    if new is old:
-        config.restore(new, adapters="drop")
-        _forget(new, config)
-    else:
-        _replace(model, new, old)
-
-
-def _unapply(model: nn.Module, changes: Sequence[Change], adapters: str | None) -> None:
-    """Restore one module at a time; on any exception convert again what was restored."""
-    current: dict[int, nn.Module] = {}
-    undo: list[Callable[[], None]] = []
-    try:
-        for _, module, config in changes:
-            new = current.get(id(module), module)
-            record = applied_configs(new)
-            old = config.restore(new, adapters=adapters)
-            undo.append(lambda old=old, new=new, c=config, r=record: _convert_again(model, old, new, c, r))  # type: ignore[misc]
-            if old is not new:
-                old.train(new.training)
-                _replace(model, new, old)
-            _forget(old, config)
-            current[id(module)] = old
-        guard_saving(model)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-
-
-def _convert_again(
-    model: nn.Module, old: nn.Module, new: nn.Module, config: MethodConfig, record: dict[str, MethodConfig]
-) -> None:
-    """`record` is what was applied before, oldest first."""
-    if new is old:
-        config.convert(old).__dict__["_memsave"] = record
-    else:
-        _replace(model, old, new)
-
-
-def _forget(module: nn.Module, config: MethodConfig) -> None:
-    """Drop the record of `config` where the method keeps none of its own."""
-    record = module.__dict__.get("_memsave")
-    if record is not None:
-        record.pop(config.name, None)
-        if not record:
-            del module.__dict__["_memsave"]
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is a child."""
-    for parent, name in list(_places(model, old)):
-        setattr(parent, name, new)
-
-
-def _places(model: nn.Module, child: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for parent in model.modules():
-        for name, module in parent._modules.items():
-            if module is child:
-                yield parent, name

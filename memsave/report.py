@@ -115,12 +115,8 @@ class Report:
 
     def __str__(self) -> str:
         where = f" on {', '.join(self.devices)}" if len(self.devices) > 1 else ""
-        lines = [f"memsave: {self.count} modules {self.action}{where}"]
-        cells = [(r.method, r.modules, f"x{r.count}", r.kind, r.backend, r.guarantee) for r in self.rows]
-        cells += [
-            (r.method, r.modules, f"x{r.count}", r.kind, r.backend, f"{r.guarantee}, already") for r in self.already
-        ]
-        lines += _aligned(cells)
+        lines = [f"memsave: {self.count} module{'' if self.count == 1 else 's'} {self.action}{where}"]
+        lines += _aligned(_cells(self.rows, "") + _cells(self.already, ", already"))
         if self.skipped:
             lines.append("left as they are (share of the parameter bytes):")
             lines += _aligned([(f"{s.share:.1%}", s.modules, f"x{s.count}", s.kind, s.reason) for s in self.skipped])
@@ -142,6 +138,23 @@ class Report:
 _MODEL_NAMES = {name for name in dir(nn.Module) if not name.startswith("_")} | {
     *("config", "device", "dtype", "generate", "save_pretrained", "training")
 }
+
+
+def _cells(rows: Sequence[Row], ending: str) -> list[tuple[str, ...]]:
+    """The cells of each row; rows of several methods on the same modules are one row, `recompute_{norm,mlp}`."""
+    methods: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        rest = (row.modules, f"x{row.count}", row.kind, row.backend, row.guarantee + ending)
+        methods.setdefault(rest, []).append(row.method)
+    return [(_joined(names), *rest) for rest, names in methods.items()]
+
+
+def _joined(methods: Sequence[str]) -> str:
+    """`recompute_{norm,mlp}, share_mask`: names with the same first word as one."""
+    families: dict[str, list[str]] = {}
+    for method in dict.fromkeys(methods):
+        families.setdefault(method.partition("_")[0], []).append(method)
+    return ", ".join(map(_collapsed, families.values()))
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

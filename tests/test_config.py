@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
@@ -76,9 +76,10 @@ def test_lists_sets_and_tuples_of_names_are_one_and_the_same() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_configs_are_frozen_and_keyword_only(method: Any) -> None:
-    config = method(target_modules=r".*")
-    with pytest.raises(FrozenInstanceError):
-        config.target_modules = "x"
+    config = method(target_modules=r".*") if issubclass(method, TargetedConfig) else method()
+    for name in ("target_modules", "any_other", *(f.name for f in fields(config))):
+        with pytest.raises(FrozenInstanceError):
+            setattr(config, name, "x")
     with pytest.raises(TypeError, match="positional"):
         method(r".*")
 

@@ -122,6 +122,17 @@ def test_what_was_left_says_whether_targets_or_kinds_were_the_reason() -> None:
     assert reasons["emb"] == reasons["{0-1}.norm"] == "not a kind that wta_crs converts"
 
 
+def test_what_other_methods_converted_is_left_only_where_this_one_could_convert_it() -> None:
+    model = blocks()
+    memsave.convert_model(model)
+    report = memsave.convert_model(model, WTACRSConfig(target_modules=["q"]))
+    assert {s.modules: s.reason for s in report.skipped} == {
+        "experts": "holds 3-D parameters: not a kind that wta_crs converts",
+        "emb": "not a kind that wta_crs converts",
+        "{0-1}.k": "not targeted",
+    }
+
+
 def test_a_report_looks_the_same_without_print() -> None:
     report = memsave.convert_model(blocks())
     assert repr(report) == str(report)
@@ -134,6 +145,55 @@ def test_cells_line_up() -> None:
     backends = [row.backend for row in report.rows]
     assert len({row.index("x") for row in rows}) == 1
     assert len({line.index(f" {backend} ") for line, backend in zip(rows, backends, strict=True)}) == 1
+
+
+def row(method: str, modules: str = "a", backend: str = "torch", guarantee: str = "exact") -> Row:
+    return Row(method, modules, 1, "Linear", backend, guarantee, "", (modules,))
+
+
+@pytest.mark.parametrize(
+    ("methods", "shown"),
+    [
+        (["share_mask"], "share_mask"),
+        (["recompute_norm", "recompute_mlp"], "recompute_{norm,mlp}"),
+        (["recompute_norm", "wta_crs"], "recompute_norm, wta_crs"),
+        (["recompute_norm", "wta_crs", "recompute_mlp", "share_mask"], "recompute_{norm,mlp}, wta_crs, share_mask"),
+        (["recompute_mlp", "recompute_mlp"], "recompute_mlp"),
+    ],
+)
+def test_methods_on_the_same_modules_share_a_line(methods: list[str], shown: str) -> None:
+    report = Report("converted", tuple(row(method) for method in methods))
+    assert str(report).splitlines() == ["memsave: 1 module converted", f"  {shown}  a  x1  Linear  torch  exact"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"modules": "b"}, {"backend": "native"}, {"guarantee": "unbiased gradient"}], ids=str
+)
+def test_methods_on_other_modules_kernels_or_terms_keep_their_lines(other: dict[str, str]) -> None:
+    report = Report("converted", (row("recompute_norm"), row("recompute_mlp", **other), row("recompute_dropout")))
+    first, second = str(report).splitlines()[1:]
+    assert first.split() == ["recompute_{norm,dropout}", "a", "x1", "Linear", "torch", "exact"]
+    assert second.split()[0] == "recompute_mlp" and set(" ".join(other.values()).split()) <= set(second.split())
+
+
+def test_what_was_converted_before_is_not_joined_with_what_is_new() -> None:
+    report = Report(
+        "converted", rows=(row("recompute_mlp"),), already=(row("recompute_norm"), row("recompute_dropout"))
+    )
+    assert [line.split() for line in str(report).splitlines()[1:]] == [
+        ["recompute_mlp", "a", "x1", "Linear", "torch", "exact"],
+        ["recompute_{norm,dropout}", "a", "x1", "Linear", "torch", "exact,", "already"],
+    ]
+
+
+def test_joining_lines_changes_no_data() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    report = memsave.convert_model(model)
+    assert "recompute_{norm,activation}" in str(report)
+    assert [(row.method, row.modules) for row in report.rows] == [
+        *[("recompute_norm", "0"), ("recompute_norm", "{1,3}")],
+        *[("recompute_activation", "{1,3}"), ("recompute_activation", "2")],
+    ]
 
 
 def test_norms_name_the_kernels_that_serve_them() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import memsave
 from memsave import MethodConfig, RecomputeNormConfig, RestoreError, WTACRSConfig
-from memsave.convert import applied_configs
+from memsave.config import applied_configs
 
 from .snapshot import bits, snapshot
 from .toys import (
@@ -380,7 +380,7 @@ def test_every_missing_choice_is_named_at_once() -> None:
 
 def test_methods_that_are_not_applied_are_refused() -> None:
     model = two_linears()
-    memsave.convert_model(model)
+    memsave.convert_model(model, norm)
     before = snapshot(model)
     with pytest.raises(RestoreError, match=r"\['wta_crs'\] not applied to this model; it has \['recompute_norm'\]"):
         memsave.restore_model(model, methods=["recompute_norm", "wta_crs"])

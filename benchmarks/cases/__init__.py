@@ -1,4 +1,4 @@
-"""What is measured, as data: the cases of the methods, losses, ops, of the estimators' variance and of `estimate`.
+"""What is measured, as data: the cases of the methods, losses, ops, of kept bytes, of variances and of `estimate`.
 
 The cases of the Triton kernels' tiles are in tiles.py, those that train for long in quality.py.
 """
@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from .case import Case
 from .estimates import ESTIMATE_CASES
+from .kept import KEPT_CASES
 from .losses import LOSS_CASES
 from .ops import OP_CASES
 from .training import TRAINING_CASES
 from .variance import VARIANCE_CASES
 
 # In the order in which they run: what matters most comes first, for a machine that is lent for minutes.
-CASES: tuple[Case, ...] = (*OP_CASES, *TRAINING_CASES, *LOSS_CASES, *VARIANCE_CASES, *ESTIMATE_CASES)
+CASES: tuple[Case, ...] = (
+    *OP_CASES,
+    *TRAINING_CASES,
+    *LOSS_CASES,
+    *VARIANCE_CASES,
+    *ESTIMATE_CASES,
+    *KEPT_CASES,
+)
 
 __all__ = ["CASES", "Case"]

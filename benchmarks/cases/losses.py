@@ -16,7 +16,7 @@ from torch import Tensor
 import memsave
 from tests.harness import assert_within_budget
 
-from .ops import Contender, Inputs, OpCase
+from .op_case import Contender, Inputs, OpCase
 
 CHECKED_TOKENS = 1024
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -95,7 +95,12 @@ LOSS_CASES = (
         ),
         check=check,
         sizes={
-            "cpu": _sizes((4096, 32000, 512, torch.float32)),
+            "cpu": _sizes(
+                (4096, 32000, 512, torch.float32),
+                (512, 50257, 768, torch.float32),
+                (8192, 8000, 256, torch.float32),
+                (64, 128256, 256, torch.float32),
+            ),
             "cuda": _sizes((16384, 128256, 2048, torch.bfloat16)),
         },
         expected_s=300.0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 WIDTH, LAYERS, HEADS = 256, 2, 4
@@ -52,6 +53,22 @@ _GPT2 = {
 llama = partial(transformer, "LlamaConfig", "LlamaModel", _LLAMA)
 bert = partial(transformer, "BertConfig", "BertModel", _BERT)
 gpt2 = partial(transformer, "GPT2Config", "GPT2Model", _GPT2)
+# Not in attention, which drops out by a function and not by a module.
+bert_with_dropout = partial(bert, hidden_dropout_prob=0.1)
+gpt2_with_dropout = partial(gpt2, resid_pdrop=0.1, embd_pdrop=0.1)
+
+# Narrow, but with the proportions of Llama-3.2-1B: grouped heads, MLPs of four times the width, many classes.
+_LLAMA_NARROW = {
+    **_LLAMA,
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+}
+llama_narrow = partial(transformer, "LlamaConfig", "LlamaForCausalLM", _LLAMA_NARROW)
+llama_narrow_blocks = partial(transformer, "LlamaConfig", "LlamaModel", _LLAMA_NARROW)
 
 # The model of examples/train_text.py.
 demo = partial(
@@ -59,6 +76,12 @@ demo = partial(
     "LlamaConfig",
     "LlamaForCausalLM",
     {**_LLAMA, "vocab_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 256},
+)
+large_vocabulary = partial(
+    transformer,
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    {**_LLAMA, "vocab_size": 8192, "max_position_embeddings": 512},
 )
 llama_1b = partial(
     transformer,
@@ -105,8 +128,23 @@ def llama_with_lora() -> nn.Module:
     return peft.get_peft_model(llama(), config)
 
 
+def loss_of_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def hidden_of_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens).last_hidden_state
+
+
 def from_embeddings(model: nn.Module, x: Tensor) -> Tensor:
     return model(inputs_embeds=x).last_hidden_state
+
+
+def padded(model: nn.Module, x: Tensor) -> Tensor:
+    """The first sequence has a quarter of its tokens, on the left, for padding."""
+    mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+    mask[0, : x.shape[1] // 4] = 0
+    return model(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
 
 def direct(model: nn.Module, x: Tensor) -> Tensor:

@@ -19,20 +19,9 @@ import torch
 from memsave import ops
 from tests.harness import assert_same, assert_within_budget
 
-from .ops import (
-    BF16,
-    FP32,
-    Contender,
-    OpCase,
-    dense,
-    gather,
-    in_fp64,
-    matrices,
-    product,
-    rows_of,
-    sizes,
-    written_product,
-)
+from .op_case import Contender, OpCase, in_fp64, sizes
+from .op_inputs import dense, gather, matrices, product, rows_of, written_product
+from .ops import BF16, FP32
 
 # BLOCK_O, BLOCK_D, BLOCK_K, warps, stages
 MORE_MATMUL_TILES = (

@@ -16,12 +16,19 @@ from torch import Tensor, nn
 
 from . import models
 from .case import Case, short
-from .models import WIDTH, direct, from_embeddings
+from .models import WIDTH, direct, from_embeddings, padded
 from .variants import (
+    ACTIVATIONS,
+    ALL,
+    ALL_SAMPLED,
     CHECKPOINT,
     CHECKPOINT_BLOCKS,
+    COMPILED,
     EXACT,
+    LAZY_LOGITS,
     LIGER,
+    MLPS,
+    NORMS,
     PLAIN,
     SAMPLED,
     SAMPLED_ALONE,
@@ -31,6 +38,7 @@ from .variants import (
     SAMPLED_LORA,
     SAMPLED_PROJECTIONS,
     SELECTIVE,
+    SHARED,
     Variant,
 )
 
@@ -81,7 +89,26 @@ class StepCase(ModelCase):
     shape: tuple[int, int]
 
 
-_RECOMPUTE = (PLAIN, CHECKPOINT, SELECTIVE, EXACT)
+@dataclass(frozen=True, kw_only=True)
+class ForwardCase(ModelCase):
+    """Forward without gradients on random tokens (B, T).
+
+    Attributes:
+        forward: what of the model's output is used; the rest is dropped.
+    """
+
+    kind: ClassVar[str] = "forward"
+
+    forward: Callable[[nn.Module, Tensor], Tensor]
+    shape: tuple[int, int] = (8, 2048)
+
+
+_RECOMPUTE = (PLAIN, CHECKPOINT, SELECTIVE, NORMS, EXACT)
+# What a user would pick, and what memsave has, from the fastest to the smallest.
+_STEP = (PLAIN, CHECKPOINT, SELECTIVE, COMPILED, EXACT)
+_MLP = (ALL, ALL_SAMPLED)  # for models whose MLP is a module: BERT's is written out in its layer
+_NARROW = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 256}
+_ATTENTION = (PLAIN, CHECKPOINT, SELECTIVE, SHARED)
 _TINY = {"shape": (2, 64, WIDTH)}
 _TINY_LLAMA = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 _TINY_BERT = {**_TINY_LLAMA, "num_attention_heads": 4}
@@ -125,6 +152,50 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         tiny=_TINY,
     ),
     TrainingCase(
+        name="recompute_activation_mlp",
+        method="recompute_activation",
+        title="linears and GELUs without norms, fp32",
+        model=models.mlp,
+        forward=direct,
+        variants=(PLAIN, CHECKPOINT_BLOCKS, ACTIVATIONS),
+    ),
+    TrainingCase(
+        name="recompute_activation_bert",
+        method="recompute_activation",
+        title="BERT blocks with gelu_new, a composite of eight operators, fp32",
+        model=partial(models.bert, hidden_act="gelu_new"),
+        forward=from_embeddings,
+        variants=(PLAIN, CHECKPOINT, SELECTIVE, ACTIVATIONS, EXACT),
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="recompute_dropout_gpt2",
+        method="recompute_dropout",
+        title="GPT-2 blocks with dropout 0.1 outside of attention, fp32",
+        model=models.gpt2_with_dropout,
+        forward=from_embeddings,
+        variants=_RECOMPUTE,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="recompute_dropout_bert",
+        method="recompute_dropout",
+        title="BERT blocks with dropout 0.1 outside of attention, fp32",
+        model=models.bert_with_dropout,
+        forward=from_embeddings,
+        variants=_RECOMPUTE,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="recompute_mlp_llama",
+        method="recompute_mlp",
+        title="Llama blocks, what is kept of the MLPs from most to least, fp32",
+        model=models.llama,
+        forward=from_embeddings,
+        variants=(PLAIN, CHECKPOINT, SELECTIVE, MLPS, EXACT, ALL, ALL_SAMPLED),
+        tiny=_TINY,
+    ),
+    TrainingCase(
         name="wta_crs_llama",
         method="wta_crs",
         title="every linear of Llama blocks sampled, fp32",
@@ -150,24 +221,54 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_LORA),
         tiny=_TINY,
     ),
+    TrainingCase(
+        name="share_mask_llama",
+        method="share_mask",
+        title="Llama blocks, one head of keys for two of queries, one sequence padded, fp32",
+        model=partial(models.llama, num_key_value_heads=2),
+        forward=padded,
+        variants=_ATTENTION,
+        tiny=_TINY,
+    ),
+    TrainingCase(
+        name="share_mask_bert",
+        method="share_mask",
+        title="BERT blocks with attention dropout 0.1, one sequence padded, fp32",
+        model=partial(models.bert, attention_probs_dropout_prob=0.1),
+        forward=padded,
+        variants=_ATTENTION,
+        tiny=_TINY,
+    ),
     StepCase(
         name="step_demo",
         title="full training step of the demo's Llama (4 layers, 256 wide), fp32",
         devices=("cpu", "cuda"),
         model=models.demo,
         shape=(4, 256),
-        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_DOWN, SAMPLED_PROJECTIONS),
+        variants=(*_STEP, *_MLP, SAMPLED_DOWN, SAMPLED_PROJECTIONS),
+        expected_s=180.0,
         tiny={"model": partial(models.demo, num_hidden_layers=1), "shape": (2, 128)},
+    ),
+    StepCase(
+        name="step_large_vocabulary",
+        method="linear_cross_entropy",
+        title="full training step of a Llama with 8,192 classes (2 layers, 256 wide), fp32",
+        expected_s=90.0,
+        model=models.large_vocabulary,
+        shape=(2, 512),
+        variants=(PLAIN, CHECKPOINT, LAZY_LOGITS, EXACT),
+        gate={"model": partial(models.large_vocabulary, vocab_size=4096, num_hidden_layers=1), "shape": (2, 256)},
+        tiny={"model": partial(models.large_vocabulary, vocab_size=4096, num_hidden_layers=1), "shape": (2, 256)},
     ),
     StepCase(
         name="step_llama_1b",
         title="full training step of a Llama-3.2-1B shape, bf16",
         devices=("cuda",),
-        expected_s=120.0,
+        expected_s=180.0,
         model=models.llama_1b,
         dtype=torch.bfloat16,
-        shape=(4, 2048),
-        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_DOWN, SAMPLED_PROJECTIONS, LIGER),
+        shape=(8, 2048),
+        variants=(*_STEP, *_MLP, SAMPLED_DOWN, SAMPLED_PROJECTIONS, LIGER),
         gate={"model": partial(models.llama_1b, num_hidden_layers=2), "shape": (2, 512)},
         tiny={"model": partial(models.llama_1b, **_TINY_LLAMA), "shape": (2, 128), "gate": {}},
     ),
@@ -175,12 +276,32 @@ TRAINING_CASES: tuple[ModelCase, ...] = (
         name="step_bert_large",
         title="full training step of a BERT-large shape, bf16",
         devices=("cuda",),
-        expected_s=75.0,
+        expected_s=120.0,
         model=models.bert_large,
         dtype=torch.bfloat16,
         shape=(16, 512),
-        variants=(PLAIN, CHECKPOINT, EXACT, SAMPLED_ENCODER),
+        variants=(*_STEP, SAMPLED_ENCODER),
         gate={"model": partial(models.bert_large, num_hidden_layers=2), "shape": (4, 512)},
         tiny={"model": partial(models.bert_large, **_TINY_BERT), "shape": (2, 128), "gate": {}},
+    ),
+    ForwardCase(
+        name="forward_llama_blocks",
+        title="forward without gradients of two Llama blocks, fp32",
+        expected_s=120.0,
+        model=models.llama_narrow_blocks,
+        forward=models.hidden_of_tokens,
+        variants=(PLAIN, EXACT),
+        gate={"shape": (1, 512)},
+        tiny={"model": partial(models.llama_narrow_blocks, **_NARROW), "shape": (2, 64), "gate": {}},
+    ),
+    ForwardCase(
+        name="forward_llama_loss",
+        title="loss without gradients of two Llama blocks and 8,192 classes, fp32",
+        expected_s=150.0,
+        model=models.llama_narrow,
+        forward=models.loss_of_tokens,
+        variants=(PLAIN, EXACT),
+        gate={"shape": (1, 512)},
+        tiny={"model": partial(models.llama_narrow, **_NARROW), "shape": (2, 64), "gate": {}},
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,8 @@ class Variant:
     Attributes:
         apply: changes the plain model in place.
         counts_kept: whether `memsave.saved_bytes` can see what this variant keeps for backward.
+        compiled: whether torch.compile runs it. Under `memsave.measure`, which looks at operators, it would not.
+        within: the settings of torch under which it runs.
         package: a package that it needs. A variant that names one is left out, with the reason, where the package is
             missing or its gradients fail the check; the others are measured all the same.
         patches: the modules that `apply` changes for the whole process; they are put back when the variant is done.
@@ -30,6 +33,8 @@ class Variant:
     name: str
     apply: Callable[[nn.Module], object]
     counts_kept: bool = True
+    compiled: bool = False
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
     package: str | None = None
     patches: tuple[str, ...] = ()
 
@@ -58,6 +63,17 @@ def _selective_checkpointing(model: nn.Module) -> None:
     _enable_checkpointing(model, context_fn=partial(create_selective_checkpoint_contexts, _products()))
 
 
+def _compile(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    model.compile()
+
+
+def _half_of_the_activations() -> AbstractContextManager[object]:
+    import torch._functorch.config as settings
+
+    return settings.patch(activation_memory_budget=0.5)
+
+
 class _CheckpointedBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -81,6 +97,12 @@ def _sample(
     memsave.convert_model(model, config)
 
 
+def _recompute_all(model: nn.Module, keep_ratio: float = 1.0) -> None:
+    memsave.convert_model(model)
+    config = memsave.RecomputeMLPConfig(recompute="all", keep_ratio=keep_ratio, target_modules=r".*")
+    memsave.convert_model(model, config)
+
+
 def _liger(model: nn.Module) -> None:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -96,7 +118,27 @@ CHECKPOINT = Variant(name="activation checkpointing", apply=_enable_checkpointin
 CHECKPOINT_BLOCKS = Variant(name="activation checkpointing", apply=_checkpoint_blocks)
 # It keeps tensors in a cache of its own, where no saved-tensors hook sees them.
 SELECTIVE = Variant(name="selective checkpointing", apply=_selective_checkpointing, counts_kept=False)
+# "torch": where there is no compiler for it, the other variants are measured all the same.
+COMPILED = Variant(
+    name="torch.compile, activation budget 0.5",
+    apply=_compile,
+    counts_kept=False,
+    compiled=True,
+    within=_half_of_the_activations,
+    package="torch",
+)
 EXACT = Variant(name="memsave exact", apply=memsave.convert_model)
+NORMS = Variant(
+    name="memsave recompute_norm", apply=partial(memsave.convert_model, configs=memsave.RecomputeNormConfig())
+)
+MLPS = Variant(name="memsave recompute_mlp", apply=partial(memsave.convert_model, configs=memsave.RecomputeMLPConfig()))
+ACTIVATIONS = Variant(
+    name="memsave recompute_activation",
+    apply=partial(memsave.convert_model, configs=memsave.RecomputeActivationConfig()),
+)
+ALL = Variant(name="memsave all", apply=_recompute_all)
+ALL_SAMPLED = Variant(name=f"memsave all + {KEEP_RATIO}", apply=partial(_recompute_all, keep_ratio=KEEP_RATIO))
+SHARED = Variant(name="memsave share_mask", apply=partial(memsave.convert_model, configs=memsave.ShareMaskConfig()))
 SAMPLED = {
     estimator: Variant(name=f"memsave exact + {estimator} {KEEP_RATIO}", apply=partial(_sample, estimator=estimator))
     for estimator in ("pps", "wta_crs", "crs")
@@ -114,6 +156,10 @@ SAMPLED_PROJECTIONS = Variant(
 SAMPLED_ENCODER = Variant(
     name=f"memsave exact + pps {KEEP_RATIO} of the encoder",
     apply=partial(_sample, target=r".*\.encoder\..*\.(query|key|value|dense)"),
+)
+LAZY_LOGITS = Variant(
+    name="memsave linear_cross_entropy alone",
+    apply=partial(memsave.convert_model, configs=memsave.LinearCrossEntropyConfig()),
 )
 LIGER = Variant(
     name="Liger",

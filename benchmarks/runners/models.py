@@ -6,20 +6,22 @@ One variant is alive at a time, built anew for each turn: large models fit, and 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import memsave
 from benchmarks.cases.training import ModelCase
 from benchmarks.cases.variants import Variant
 from benchmarks.checks import check_exact, check_unbiased
 
-from .steps import Step, opened
+from .steps import opened
 from .timing import elapsed, in_turns, no_garbage_collection, summary, synchronize
 
 STEPS_PER_TURN = {"cpu": 1, "cuda": 3}
@@ -29,8 +31,9 @@ def run_model_case(case: ModelCase, device: str, rounds: int) -> tuple[list[dict
     """The figures of every variant, from `rounds` timed steps each, and why others have none.
 
     For each variant: `kept_bytes` for backward after forward (None where it cannot be counted); `peak_bytes` of all
-    live storages, weights, gradients and optimizer states included; `allocator_peak_bytes`, the same as torch's CUDA
-    allocator counts it (None on the CPU); times; `error` of the gradients, see `checks`.
+    live storages, weights, gradients and optimizer states included (None for compiled code on a GPU);
+    `allocator_peak_bytes`, the same as torch's CUDA allocator counts it (None on the CPU); times; `error` of the
+    gradients, see `checks`.
 
     Raises:
         CheckFailed: a variant that is not optional computes something else than the plain model.
@@ -89,24 +92,38 @@ def bytes_of(case: ModelCase, variant: Variant, device: str) -> dict[str, int | 
     with opened(case, variant, device) as step:
         step.run()  # the first step makes the optimizer's states
         step.clear()
-        kept_bytes = memsave.saved_bytes(step.forward) if variant.counts_kept else None
-        profile = memsave.measure(step.run)
+        # First of all: `measure` looks at every operator, and torch.compile then gives the model up for good.
+        added_bytes = allocated_bytes(step.run, device) if variant.compiled or device != "cpu" else 0
         step.clear()
-        figures = {"kept_bytes": kept_bytes, "peak_bytes": profile.peak_bytes}
-        figures["allocator_peak_bytes"] = allocator_peak_bytes(step, profile.baseline_bytes, device)
+        kept_bytes = memsave.saved_bytes(step.forward) if variant.counts_kept else None
+        measured = memsave.measure(step.run)
+        step.clear()
     release(device)
-    return figures
+    allocator_peak_bytes = measured.baseline_bytes + added_bytes
+    peak_bytes = measured.peak_bytes if not variant.compiled else allocator_peak_bytes if device == "cpu" else None
+    return {
+        "kept_bytes": kept_bytes,
+        "peak_bytes": peak_bytes,
+        "allocator_peak_bytes": None if device == "cpu" else allocator_peak_bytes,
+    }
 
 
-def allocator_peak_bytes(step: Step, baseline_bytes: int, device: str) -> int | None:
-    """The largest sum that torch's CUDA allocator gave out in one step, beyond what is not of this step."""
-    if device == "cpu":
-        return None
-    before_bytes = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step.run()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated() - before_bytes + baseline_bytes
+def allocated_bytes(run: Callable[[], object], device: str) -> int:
+    """The largest sum of what torch's allocator gives out during `run` beyond what it held before.
+
+    On the CPU it is the sum that `memsave.measure` finds, also where operators run in compiled code.
+    """
+    if device != "cpu":
+        before_bytes = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before_bytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes_bytes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes_bytes))
 
 
 def turn(case: ModelCase, variant: Variant, device: str, steps: int) -> Sequence[tuple[float, float]]:

@@ -11,7 +11,7 @@ import torch
 
 import memsave
 from benchmarks.cases.case import short
-from benchmarks.cases.ops import Contender, Inputs, OpCase
+from benchmarks.cases.op_case import Contender, Inputs, OpCase
 from benchmarks.checks import CheckFailed
 from benchmarks.tables import in_words
 

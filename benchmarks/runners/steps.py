@@ -11,10 +11,12 @@ from importlib import import_module
 from inspect import getmembers, isclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.cases.training import ModelCase, StepCase, TrainingCase
 from benchmarks.cases.variants import Variant
+from memsave.config import applied_configs
+from memsave.nn.linear import is_linear
 
 
 class Step:
@@ -50,12 +52,13 @@ class Step:
         return {name: grad.detach().double() for name, grad in named.items() if grad is not None}
 
     def sampled(self) -> set[str]:
-        """The names of the parameters whose gradient is estimated."""
-        return {
-            f"{name}.weight"
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Module) and "wta_crs" in module.__dict__.get("_memsave", {})
-        }
+        """The names of the parameters whose gradient is estimated: the linears of what a sampling method converted."""
+        found = set()
+        for name, module in self.model.named_modules():
+            if any(getattr(config, "keep_ratio", 1.0) < 1 for config in applied_configs(module).values()):
+                linears = (inner for inner, linear in module.named_modules(prefix=name) if is_linear(linear))
+                found |= {f"{linear}.weight" for linear in linears}
+        return found
 
 
 class ForwardBackward(Step):
@@ -113,7 +116,7 @@ STEPS = {TrainingCase: ForwardBackward, StepCase: FullStep}
 @contextmanager
 def opened(case: ModelCase, variant: Variant, device: str, dtype: torch.dtype | None = None) -> Iterator[Step]:
     """A step of a variant; what the variant changed outside of its model is put back afterwards."""
-    with put_back(variant.patches):
+    with put_back(variant.patches), variant.within():
         yield STEPS[type(case)](case, variant, device, dtype)  # type: ignore[arg-type]
 
 

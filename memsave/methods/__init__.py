@@ -1,8 +1,30 @@
 """The methods: one file each, named after its paper. A new method adds its config to METHODS."""
 
+from .linear_cross_entropy import LinearCrossEntropyConfig
+from .recompute_activation import RecomputeActivationConfig
+from .recompute_dropout import RecomputeDropoutConfig
+from .recompute_mlp import RecomputeMLPConfig
 from .recompute_norm import RecomputeNormConfig
+from .share_mask import ShareMaskConfig
 from .wta_crs import WTACRSConfig
 
-METHODS = (RecomputeNormConfig, WTACRSConfig)
+METHODS = (
+    RecomputeNormConfig,
+    RecomputeActivationConfig,
+    RecomputeDropoutConfig,
+    RecomputeMLPConfig,
+    ShareMaskConfig,
+    LinearCrossEntropyConfig,
+    WTACRSConfig,
+)
 
-__all__ = ["METHODS", "RecomputeNormConfig", "WTACRSConfig"]
+__all__ = [
+    "METHODS",
+    "LinearCrossEntropyConfig",
+    "RecomputeActivationConfig",
+    "RecomputeDropoutConfig",
+    "RecomputeMLPConfig",
+    "RecomputeNormConfig",
+    "ShareMaskConfig",
+    "WTACRSConfig",
+]

@@ -2,7 +2,8 @@
 
 A norm over N rows of D features keeps its input and one or two statistics per row; the linears that read its output
 keep nothing and recompute it, once for all of them. Plain RMSNorm modules keep three tensors of N * D elements (five
-in bf16, counted in its bytes), so this frees two of them per norm; `nn.LayerNorm` keeps two, of which this frees one.
+in bf16, counted in its bytes), so this frees two of them per norm; `nn.LayerNorm` keeps two, of which this frees one
+(two more where autocast on a GPU has it keep float32 copies).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..nn.converted import Converted, original_class, swap, unswap, why_not_back
 from ..nn.linear import ConvertedLinear, is_linear
 from ..nn.norm import ConvertedLayerNorm, ConvertedRMSNorm
 from ..nn.rms_norm import is_rms_norm, rms_norm_style
+from ..ops.rms_norm.style import HALF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +69,14 @@ class RecomputeNormConfig(TargetedConfig):
         return unswap(module, self.name)
 
     def backend(self, module: nn.Module) -> str:
-        if not is_rms_norm(module):
+        if is_rms_norm(module):
+            op = "rms_norm"
+        elif isinstance(module, nn.LayerNorm) and module.weight is not None and module.weight.dtype in HALF:
+            op = "layer_norm_backward"
+        else:
             return "torch"
         devices = {p.device.type for p in module.parameters(recurse=False)}
-        served = {ops.backends()["rms_norm"].get(device, {}).get("active") for device in devices}
+        served = {ops.backends()[op].get(device, {}).get("active") for device in devices}
         return served.pop() or "reference" if served else "reference"
 
 

@@ -2,10 +2,12 @@
 
 x is (..., D), N rows; weight (O, D), or (D, O) for Conv1D; bias (O,); y (..., O); k kept rows.
 
-It has two parts, which methods set and which compose:
+It has three parts, which methods set and which compose:
 - `keep`: how the input is kept for backward: itself | by the note that its maker attached (`note.py`), which is free |
   as sampled rows (`rows.py`: a `KeepRows`), themselves recomputed from the note where there is one;
-- `weight_grad`: "dense", or "rows" (estimated from the sampled rows). A frozen weight needs no input at all.
+- `weight_grad`: "dense", or "rows" (estimated from the sampled rows). A frozen weight needs no input at all. A block
+  that runs again in backward may also have its linears draw rows there (`rerun.py`);
+- `output`: itself, or lazy (`lazy_logits.py`: a `LazyOutput`), unless rows are sampled.
 The output, the input's gradient and the bias's gradient are exact in every combination.
 """
 
@@ -24,7 +26,9 @@ from . import note as notes
 from .converted import Converted, original_class
 from .eager import no_autocast, once_differentiable, only_input, plain, product_dtype
 from .grad_norms import GradNormCache, Visit, warn_of_compiler
+from .lazy_logits import LazyOutput, lazy_linear
 from .note import Recipe
+from .rerun import BackwardDraw, asked_of
 from .rows import KeepRows, Sample, draw_sample, poison, sample_of
 
 
@@ -74,6 +78,9 @@ class ConvertedLinear(Converted):
         if x is None or (plain(x) and not compiling) or not self._fits(x):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         keep = self._keep_rows(prod(x.shape[:-1]))
+        lazy: LazyOutput | None = self._memsave_parts.get("output")
+        if lazy is not None and keep is None and not compiling and lazy.serves(self, x):  # type: ignore[arg-type]
+            return lazy_linear(x, self.weight, self.bias)
         # Drawn in every training forward, also without gradients or when a sibling's sample is used: reentrant
         # checkpointing runs forward once without and once with gradients, and both must leave torch's random stream
         # in the same state.
@@ -89,21 +96,24 @@ class ConvertedLinear(Converted):
             settings = (keep.keep_ratio, keep.min_rows, keep.estimator, keep.grad_norms)
             return _sampled_linear(x, self.weight, self.bias, self._transposed, dtype, seed, *settings)
         note = notes.find(x)
+        draw, unread = asked_of(self)  # type: ignore[arg-type]
         sample = None
         if keep is not None and seed is not None:
             sample = sample_of(id(self), x, keep, seed, dtype, noted=note is not None, visit=visit)
-        elif note is None:
-            return super().forward(x)  # type: ignore[misc]
-        else:
+        elif note is not None:
             note.recipe.readers += 1
+        elif draw is None and not unread:
+            return super().forward(x)  # type: ignore[misc]
         sampled = (sample.tensors if sample else None) or ()
-        kept = (*sampled, *(note.tensors if note else ()))
+        kept = (*sampled, *(note.tensors if note else () if sampled else (x.detach(),)))
         # The context holds no tensor of the sample or the note, so that hooks can take them over.
         shared = _Shared(
             len(sampled),
             note.recipe if note else None,
             weakref.ref(sample) if sample else None,
             sample.visit if sample else None,
+            None if sample else draw,
+            unread,
         )
         return _Linear.apply(x, self.weight, self.bias, self._transposed, dtype, shared, *kept)
 
@@ -158,12 +168,15 @@ class _Shared(NamedTuple):
     recipe: Recipe | None = None
     sample: weakref.ref[Sample] | None = None
     visit: Visit | None = None
+    draw: BackwardDraw | None = None
+    unread: bool = False
 
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + b; keeps the weight itself (autocast's copy is made again in backward) and what `forward` was given.
 
-    `kept` are first the sample's tensors (rows, scale, poison and, without a note, the kept rows), then the note's.
+    `kept` are first the sample's tensors (rows, scale, poison and, without a note, the kept rows), then the note's, or
+    x where there is neither.
     """
 
     @staticmethod
@@ -180,6 +193,8 @@ class _Linear(torch.autograd.Function):
         ctx.transposed, ctx.dtype, ctx.shared = transposed, dtype, shared
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
+        if shared.unread:
+            return x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], weight.shape[1 if transposed else 0])
         with no_autocast(x):
             w = weight.to(dtype)
             return F.linear(x.to(dtype), w.t() if transposed else w, None if bias is None else bias.to(dtype))
@@ -196,8 +211,7 @@ class _Linear(torch.autograd.Function):
                 w = weight.to(ctx.dtype)
                 dx = F.linear(dy, w if ctx.transposed else w.t()).to(x_dtype)
             if ctx.needs_input_grad[1]:
-                dweight = _weight_grad(flat, ctx.dtype, ctx.shared, kept)
-                dweight = (dweight.t() if ctx.transposed else dweight).to(weight_dtype)
+                dweight = _weight_grad(flat, ctx.dtype, ctx.shared, kept, ctx.transposed).to(weight_dtype)
             if ctx.needs_input_grad[2]:
                 dbias = flat.sum(0).to(bias_dtype)
         return dx, dweight, dbias, *(None for _ in range(3 + len(kept)))
@@ -216,13 +230,17 @@ def _sampled_linear(
     return _Linear.apply(x, weight, bias, transposed, dtype, _Shared(len(sample)), *sample)
 
 
-def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[Tensor]) -> Tensor:
-    """dW (O, D) from dy (N, O) and the tensors that were kept."""
-    num_sampled, recipe, sample, visit = shared
+def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[Tensor], transposed: bool) -> Tensor:
+    """dW (O, D), or (D, O) if transposed, from dy (N, O) and the tensors that were kept."""
+    num_sampled, recipe, sample, visit, draw, _ = shared
     sampled, noted = tensors[:num_sampled], tensors[num_sampled:]
-    if not sampled and recipe is not None:
-        x = recipe.output(noted).to(dtype)  # (..., D)
-        return dy.t() @ x.reshape(-1, x.shape[-1])
+    if not sampled:
+        x = (noted[0] if recipe is None else recipe.output(noted)).to(dtype)  # (..., D)
+        x = x.reshape(-1, x.shape[-1])  # (N, D)
+        if draw is None:
+            return x.t() @ dy if transposed else dy.t() @ x
+        dweight = draw.weight_grad(dy, x)
+        return dweight.t() if transposed else dweight
     rows, scale, poisoned, *stored = sampled
     if sample is not None and (drawn := sample()) is not None:
         drawn.release()
@@ -232,7 +250,7 @@ def _weight_grad(dy: Tensor, dtype: torch.dtype, shared: _Shared, tensors: list[
     dweight = ops.sampled_matmul(dy, kept, rows, scale)
     dweight += poison(dy).to(dweight.dtype)[:, None]
     dweight += poisoned
-    return dweight
+    return dweight.t() if transposed else dweight
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -12,6 +12,10 @@ For token i with target t, in float32 (float64 for float64 inputs), eps = label_
 A mean or a sum has one upstream gradient, a factor, so the gradients are made in forward from the logits that are
 there anyway: three matrix products, as in the plain loss. Losses per token have an upstream gradient each, which only
 backward knows: backward makes the logits again, a fourth product, and forward keeps only logsumexp.
+
+With a process group, each process has V_r of the classes. What a token's loss needs of the other processes is four
+numbers. A mean or a sum needs them chunk by chunk, before the chunk's logits are overwritten: a small message per chunk
+costs less than making all logits twice. Losses per token need them once, at the end of forward.
 """
 
 from __future__ import annotations
@@ -24,10 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .. import ops
 from .eager import autocast_enabled, no_autocast, once_differentiable, plain, product_dtype
+from .vocabulary import Statistics, Vocabulary
 
 CHUNK_BYTES = 64 * 2**20
 MIN_TOKENS_PER_PASS = 512  # over the gradient of the weight
+_UNSHARD = "call it where FSDP has gathered the weight (in its unit's forward), or pass to_local() and process_group"
 Chunk = slice | Tensor  # what selects a chunk's tokens among all
 
 
@@ -43,6 +50,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
     return_logsumexp: bool = False,
+    process_group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross entropy of `hidden @ weight.T + bias`, without ever holding these logits for all tokens.
 
@@ -65,26 +73,38 @@ def linear_cross_entropy(
         reduction: "mean", "sum" or "none".
         return_logsumexp: return also the logsumexp (...) of every token's logits, zero where ignored. It can be
             differentiated; for that, backward makes the logits once more, as it does for the reduction "none".
+        process_group: processes that each hold some rows of the weight and of the bias, in the order of their ranks and
+            any number of them. All else must be the same on all of them, also which inputs require a gradient; this
+            is not checked, and where a shape or an option differs they may wait for each other for ever. The results
+            and the gradient of `hidden` are the same on all processes; those of weight and bias are of the rows here.
 
     Returns:
         The loss: a scalar, or (...) for "none"; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: a shape, dtype, device or option does not fit.
-        IndexError: on the CPU, a target is out of range.
+        ValueError: a shape, dtype, device or option does not fit; a DTensor; a process group under a compiler.
+        IndexError: a target is out of range, on every process alike.
         RuntimeError: in backward, where its result is differentiated again.
 
     Sources: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024 (never all logits); Hsu et al.,
-    "Liger Kernel", 2024 (gradients in forward).
+    "Liger Kernel", 2024 (gradients in forward); Yeung et al., "Balancing Pipeline Parallelism with Vocabulary
+    Parallelism", 2024 (classes divided over processes).
     """
-    _check(hidden, weight, target, bias, label_smoothing, softcap, z_loss, reduction)
-    s = _Settings(label_smoothing, softcap, z_loss, product_dtype(hidden, weight))
+    _check(hidden, weight, target, bias, ignore_index, label_smoothing, softcap, z_loss, reduction)
     if plain(hidden):
+        if process_group is not None:
+            raise ValueError(
+                "linear_cross_entropy: a process group was given under torch.compile, a tracer or torch.func, expected "
+                "eager mode; call it outside of what is compiled. Nothing was changed."
+            )
+        s = _Settings(label_smoothing, softcap, z_loss, product_dtype(hidden, weight), Vocabulary.of(weight, None))
         loss, lse, counts = _plain_losses(hidden, weight, target, bias, ignore_index, s)
         reduced = _reduce(loss, counts.sum(), reduction)
         return (reduced, lse) if return_logsumexp else reduced
+    vocabulary = Vocabulary.of(weight, process_group)
+    s = _Settings(label_smoothing, softcap, z_loss, product_dtype(hidden, weight), vocabulary)
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)  # (N, D), (N,)
-    rows = _counting_rows(targets, ignore_index, weight.shape[0])
+    rows = _counting_rows(targets, ignore_index, vocabulary.num_classes)
     num_tokens = targets.numel() if rows is None else rows.numel()
     tensors = (flat, weight, bias)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -102,27 +122,35 @@ class _Settings(NamedTuple):
     softcap: float | None
     z_loss: float
     dtype: torch.dtype
+    vocabulary: Vocabulary
 
     @property
     def loss_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
-    def logit_bytes(self) -> int:
-        """Bytes per logit of a chunk: for the loss, for the products if their dtype differs, for tanh of a softcap."""
-        wide, narrow = self.loss_dtype.itemsize, self.dtype.itemsize
-        return wide + (narrow if self.dtype != self.loss_dtype else 0) + (wide if self.softcap is not None else 0)
-
-    def chunk_tokens(self, num_classes: int, features: int, weight_trains: bool) -> int:
-        """C: as many tokens as CHUNK_BYTES hold logits of, at least one.
+    def chunk_tokens(self, features: int, weight_trains: bool) -> int:
+        """C: as many tokens as CHUNK_BYTES hold logits of, at least one; the same on all processes.
 
         Each chunk reads and writes the whole gradient of the weight. So where there is one, C is at least
         MIN_TOKENS_PER_PASS, as long as the chunk takes no more bytes than that gradient, which is there anyway.
         """
-        tokens = CHUNK_BYTES // max(1, num_classes * self.logit_bytes)
+        tokens = CHUNK_BYTES // max(1, self.vocabulary.widest * self.dtype.itemsize)
         if weight_trains:
-            tokens = max(tokens, min(MIN_TOKENS_PER_PASS, features * self.loss_dtype.itemsize // self.logit_bytes))
+            tokens = max(tokens, min(MIN_TOKENS_PER_PASS, features * self.loss_dtype.itemsize // self.dtype.itemsize))
         return max(1, tokens)
+
+    def losses(self, of: Statistics) -> Tensor:
+        """Losses (C,)."""
+        # Differences from the peak first: with large logits, logsumexp has lost what they have in common.
+        loss = of.log_sum - (1 - self.label_smoothing) * (of.at_target - of.peak)
+        if self.label_smoothing:
+            loss -= self.label_smoothing * (of.total / self.vocabulary.num_classes - of.peak)
+        return loss + self.z_loss * of.lse.square() if self.z_loss else loss
+
+    def upstream(self, lse: Tensor, d_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients (C,) of logsumexp, of the target's logit and of the sum of logits, from those of the losses."""
+        d_total = d_loss * (-self.label_smoothing / max(1, self.vocabulary.num_classes))
+        return d_loss * (1 + 2 * self.z_loss * lse), d_loss * (self.label_smoothing - 1), d_total
 
 
 class _Head:
@@ -137,8 +165,7 @@ class _Head:
 
     def chunks(self, weight_trains: bool) -> Iterator[tuple[Chunk, Tensor]]:
         """Each chunk, with its tokens (C, D) in the dtype of the products."""
-        num_classes, features = self.weight.shape
-        size = self.s.chunk_tokens(num_classes, features, weight_trains)
+        size = self.s.chunk_tokens(self.weight.shape[1], weight_trains)
         if self.rows is None:
             for start in range(0, self.hidden.shape[0], size):
                 chunk = slice(start, start + size)
@@ -147,13 +174,9 @@ class _Head:
             for part in self.rows.split(size):
                 yield part, self.hidden[part].to(self.s.dtype)
 
-    def logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (C, V) of tokens x (C, D) in the loss's dtype and, where they are capped, the tanh in them."""
-        z = F.linear(x, self.weight, self.bias).to(self.s.loss_dtype)  # (C, V)
-        if self.s.softcap is None:
-            return z, None
-        tanh = z.div_(self.s.softcap).tanh_()
-        return tanh * self.s.softcap, tanh
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (C, V) of tokens x (C, D), without the softcap."""
+        return F.linear(x, self.weight, self.bias)
 
     def new_gradients(self, needed: tuple[bool, ...]) -> list[Tensor | None]:
         """Zeros for those of hidden, weight and bias that need a gradient; sums over tokens in the loss's dtype."""
@@ -169,7 +192,6 @@ class _Head:
         dx, dw, db = gradients
         if db is not None:
             db += dz.sum(0)
-        dz = dz.to(self.s.dtype)
         if dx is not None:
             dx[chunk] = dz @ self.weight
         if dw is None:
@@ -199,18 +221,21 @@ class _ReducedLoss(torch.autograd.Function):
     ) -> Tensor:
         head = _Head(hidden, weight, bias, rows, s)
         gradients = head.new_gradients(ctx.needs_input_grad[:3])
-        total = hidden.new_zeros((), dtype=s.loss_dtype)
+        losses = hidden.new_zeros(hidden.shape[0], dtype=s.loss_dtype)
         for chunk, x in head.chunks(ctx.needs_input_grad[1]):
-            z, tanh = head.logits(x)
-            loss, lse, exp_sum = _losses(z, target[chunk], s)
-            total += loss.sum()
-            _to_gradient(z, tanh, target[chunk], (1 + 2 * s.z_loss * lse) / exp_sum, torch.ones_like(lse), s)
+            z, places = head.logits(x), target[chunk] - s.vocabulary.first
+            found = s.vocabulary.over_all(Statistics(*ops.logit_statistics(z, places, s.softcap)))
+            losses[chunk] = s.losses(found)
+            upstream = s.upstream(found.lse, torch.ones_like(found.lse))
+            ops.logit_statistics_backward(z, places, found.peak, found.log_sum, *upstream, s.softcap)
             head.add_gradients(gradients, chunk, x, z)
-            del z, tanh
+            del z
+        if gradients[0] is not None:
+            s.vocabulary.add_up_(gradients[0])
         ctx.save_for_backward(*gradients)
         ctx.divisor = max(mean_of, 1) if mean_of is not None else 1
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
-        return total if mean_of is None else _reduce(total, mean_of, "mean")
+        return losses.sum() if mean_of is None else _reduce(losses, mean_of, "mean")
 
     @staticmethod
     @once_differentiable
@@ -224,7 +249,7 @@ class _ReducedLoss(torch.autograd.Function):
 
 
 class _LossPerToken(torch.autograd.Function):
-    """Loss (N,) and logsumexp (N,); keeps its inputs and the logsumexp, and makes the logits again in backward."""
+    """Loss (N,) and logsumexp (N,); keeps its inputs and parts of logsumexp, and makes the logits again in backward."""
 
     @staticmethod
     def forward(
@@ -236,57 +261,44 @@ class _LossPerToken(torch.autograd.Function):
         rows: Tensor | None,
         s: _Settings,
     ) -> tuple[Tensor, Tensor]:
-        losses, lses = (hidden.new_zeros(hidden.shape[0], dtype=s.loss_dtype) for _ in range(2))
+        of_all = Statistics(*(hidden.new_zeros(hidden.shape[0], dtype=s.loss_dtype) for _ in range(4)))
         head = _Head(hidden, weight, bias, rows, s)
         for chunk, x in head.chunks(weight_trains=False):
-            z, _ = head.logits(x)
-            losses[chunk], lses[chunk], _ = _losses(z, target[chunk], s)
-            del z, _
-        ctx.save_for_backward(hidden, weight, bias, target, rows, lses)
+            z = head.logits(x)
+            found = ops.logit_statistics(z, target[chunk] - s.vocabulary.first, s.softcap)
+            del z
+            for numbers, part in zip(of_all, found, strict=True):
+                numbers[chunk] = part
+        of_all = s.vocabulary.over_all(of_all)
+        losses, lse = s.losses(of_all), of_all.lse
+        if rows is not None:
+            ignored = torch.ones_like(target, dtype=torch.bool).index_fill_(0, rows, False)
+            losses.masked_fill_(ignored, 0.0)
+            lse.masked_fill_(ignored, 0.0)
+        ctx.save_for_backward(hidden, weight, bias, target, rows, of_all.peak, of_all.log_sum)
         ctx.settings = s
-        return losses, lses
+        return losses, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, rows, lses = ctx.saved_tensors
+        hidden, weight, bias, target, rows, peak, log_sum = ctx.saved_tensors
         s = ctx.settings
         with no_autocast(hidden):  # backward may run under another autocast than forward did
             head = _Head(hidden, weight, bias, rows, s)
             gradients = head.new_gradients(ctx.needs_input_grad[:3])
             for chunk, x in head.chunks(ctx.needs_input_grad[1]):
-                z, tanh = head.logits(x)
-                lse, g = lses[chunk], d_loss[chunk]
-                z.sub_(lse[:, None]).exp_()
-                _to_gradient(z, tanh, target[chunk], g * (1 + 2 * s.z_loss * lse) + d_lse[chunk], g, s)
+                z, places = head.logits(x), target[chunk] - s.vocabulary.first
+                parts = peak[chunk], log_sum[chunk]
+                of_lse, of_target, of_total = s.upstream(parts[0] + parts[1], d_loss[chunk])
+                upstream = of_lse + d_lse[chunk], of_target, of_total
+                ops.logit_statistics_backward(z, places, *parts, *upstream, s.softcap)
                 head.add_gradients(gradients, chunk, x, z)
-                del z, tanh
+                del z
+            if gradients[0] is not None:
+                s.vocabulary.add_up_(gradients[0])
         cast = (None if g is None else g.to(t.dtype) for g, t in zip(gradients, (hidden, weight, bias), strict=True))
         return *cast, None, None, None
-
-
-def _losses(z: Tensor, target: Tensor, s: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and logsumexp (C,) of logits z (C, V), which become e^(z - max) in place, and their sums (C,)."""
-    loss = -(1 - s.label_smoothing) * z.gather(1, target[:, None]).squeeze(1)  # (C,)
-    if s.label_smoothing:
-        loss -= s.label_smoothing * z.mean(1)
-    largest = z.amax(1)  # (C,)
-    exp_sum = z.sub_(largest[:, None]).exp_().sum(1)  # (C,)
-    lse = largest + exp_sum.log()
-    loss += lse
-    if s.z_loss:
-        loss += s.z_loss * lse.square()
-    return loss, lse, exp_sum
-
-
-def _to_gradient(p: Tensor, tanh: Tensor | None, target: Tensor, of_p: Tensor, of_target: Tensor, s: _Settings) -> None:
-    """Turns p (C, V) into of_p * p - of_target * (smoothed one-hot target), through the softcap; factors are (C,)."""
-    p.mul_(of_p[:, None])
-    p.scatter_add_(1, target[:, None], -(1 - s.label_smoothing) * of_target[:, None])
-    if s.label_smoothing:
-        p.sub_(s.label_smoothing / p.shape[1] * of_target[:, None])
-    if tanh is not None:
-        p.mul_(tanh.square_().neg_().add_(1))
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -307,21 +319,20 @@ def _reduce(loss: Tensor, num_tokens: int | Tensor, reduction: str) -> Tensor:
 
 
 def _counting_rows(target: Tensor, ignore_index: int, num_classes: int) -> Tensor | None:
-    """Indices of the tokens that are not ignored, None for all of them; one synchronization on a GPU.
+    """Indices of the tokens that are not ignored, None for all of them; two synchronizations on a GPU, together.
 
     Targets without values, meta or fake, all count.
     """
     if target.is_meta or isinstance(target, FakeTensor):
         return None
     counts = target != ignore_index
-    if target.device.type == "cpu":  # on a GPU that would be another synchronization; there, the gather fails
-        wrong = target[counts & ((target < 0) | (target >= num_classes))]
-        if wrong.numel():
-            raise IndexError(
-                f"linear_cross_entropy: target {int(wrong[0])} is out of bounds, expected classes from 0 to "
-                f"{num_classes - 1} (the rows of weight) or ignore_index = {ignore_index}. Nothing was changed."
-            )
     rows = counts.nonzero().squeeze(1)
+    wrong = target[counts & ((target < 0) | (target >= num_classes))]
+    if wrong.numel():
+        raise IndexError(
+            f"linear_cross_entropy: target {int(wrong[0])} is out of bounds, expected classes from 0 to "
+            f"{num_classes - 1} (the rows of weight) or ignore_index = {ignore_index}. Nothing was changed."
+        )
     return None if rows.numel() == target.numel() else rows
 
 
@@ -344,6 +355,7 @@ def _check(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    ignore_index: int,
     label_smoothing: float,
     softcap: float | None,
     z_loss: float,
@@ -362,7 +374,9 @@ def _check(
         (target.dtype != torch.int64, "target of dtype torch.int64"),
         (not all(t.is_floating_point() for t in tensors), "hidden, weight and bias of floating point"),
         (not autocast and len({t.dtype for t in tensors}) > 1, "hidden, weight and bias of one dtype, or autocast"),
+        (any(type(t).__name__ == "DTensor" for t in tensors), "whole tensors, not a DTensor: " + _UNSHARD),
         (len({t.device for t in (*tensors, target)}) > 1, "all tensors on one device"),
+        (not isinstance(ignore_index, int), f"a whole number as ignore_index, not {ignore_index!r}"),
         (not 0 <= label_smoothing <= 1, f"label_smoothing from 0 to 1, not {label_smoothing}"),
         (softcap is not None and not softcap > 0, f"softcap above 0 or None, not {softcap}"),
         (not z_loss >= 0, f"z_loss of at least 0, not {z_loss}"),

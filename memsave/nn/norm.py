@@ -1,8 +1,7 @@
 """RMSNorm and LayerNorm that attach notes to what they return, so that the linears they feed keep nothing.
 
-x is (..., D), N rows; weight (D,); rstd (N,). Kept for backward: x, and rstd (RMSNorm) or mean and rstd
-(LayerNorm). Nothing is upcast. RMSNorm's mathematics is in `rms_norm.py`; LayerNorm (Ba et al. 2016, arXiv
-1607.06450) is torch's.
+x is (..., D), N rows; weight and bias (D,); rstd (N,). Kept for backward: x as it came, and rstd; LayerNorm of float32
+and float64 is torch's own, which keeps the means, too. The mathematics is in `rms_norm.py` and `layer_norm.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from . import note
 from .converted import Converted
 from .eager import autocast_now, no_autocast, once_differentiable, only_input, plain
+from .layer_norm import is_served, layer_norm, layer_norm_backward, widens
 from .rms_norm import Style, eps_of, rms_norm, rms_norm_backward
 
 
@@ -70,23 +70,60 @@ class ConvertedRMSNorm(Converted):
         return prod(input_shape) * dtype.itemsize + prod(input_shape[:-1]) * statistic.itemsize
 
 
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, widen: bool) -> Tensor:
+        y, rstd = layer_norm(x, weight, bias, eps, widen)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, rstd, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd, weight = ctx.saved_tensors
+        _, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
+        dx, dweight, dbias = layer_norm_backward(dy, x, rstd, weight, needs_dweight, needs_dbias)
+        return (
+            dx,
+            dweight.to(weight.dtype) if needs_dweight else None,
+            dbias.to(ctx.bias_dtype) if needs_dbias else None,
+            None,
+            None,
+        )
+
+
 class ConvertedLayerNorm(Converted):
-    """`nn.LayerNorm` with a note; torch's own kernel already keeps x and two statistics per row."""
+    """`nn.LayerNorm` over the last dimension: of inputs in half types by memsave's ops, of others by torch's."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        y = super().forward(*args, **kwargs)  # type: ignore[misc]
         x = only_input(self, args, kwargs)  # type: ignore[arg-type]
         if x is None or plain(x) or not torch.is_grad_enabled():
-            return y
-        shape, eps, autocast = self.normalized_shape, self.eps, autocast_now(x)  # type: ignore[attr-defined]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        weight, bias, eps = self.weight, self.bias, self.eps  # type: ignore[attr-defined]
+        if is_served(x, weight, bias):
+            widen = widens(x)
+            y = _LayerNorm.apply(x, weight, bias, eps, widen)
 
-        def recompute(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-            with autocast():
-                return F.layer_norm(x, shape, weight, bias, eps)
+            def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                return layer_norm(x, weight, bias, eps, widen)[0]
+        else:
+            y = super().forward(*args, **kwargs)  # type: ignore[misc]
+            shape, autocast = self.normalized_shape, autocast_now(x)  # type: ignore[attr-defined]
 
-        affine = (self.weight, self.bias)  # type: ignore[attr-defined]
-        copies = [p.detach().clone() for p in affine if p is not None]
-        note.attach(y, note.Recipe(recompute, (True, *(False for _ in copies))), (x.detach(), *copies))
+            def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                with autocast():
+                    return F.layer_norm(x, shape, weight, bias, eps)
+
+        copies = {name: p.detach().clone() for name, p in (("weight", weight), ("bias", bias)) if p is not None}
+        names = tuple(copies)
+
+        def recompute(x: Tensor, *affine: Tensor) -> Tensor:
+            given = dict(zip(names, affine, strict=True))
+            return normalize(x, given.get("weight"), given.get("bias"))
+
+        recipe = note.Recipe(recompute, (True, *(False for _ in names)))
+        note.attach(y, recipe, (x.detach(), *copies.values()))
         return y
 
     def reference(self, x: Tensor) -> Tensor:
@@ -94,9 +131,6 @@ class ConvertedLayerNorm(Converted):
         return super().forward(x)  # type: ignore[misc]
 
     def kept_bytes(self, input_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """N * D elements of x, and mean and rstd of each row: on the CPU in the weight's dtype, elsewhere fp32."""
-        weight: Tensor | None = self.weight  # type: ignore[attr-defined]
-        statistic = max(dtype.itemsize, 4)
-        if weight is None or weight.device.type == "cpu":
-            statistic = dtype.itemsize if weight is None else weight.dtype.itemsize
-        return prod(input_shape) * dtype.itemsize + 2 * prod(input_shape[:-1]) * statistic
+        """N * D elements of x, and of each row rstd in fp32, or mean and rstd where x has fp32 or fp64."""
+        statistics = 4 if dtype.itemsize == 2 else 2 * dtype.itemsize
+        return prod(input_shape) * dtype.itemsize + prod(input_shape[:-1]) * statistics

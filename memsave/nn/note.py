@@ -4,6 +4,9 @@ A norm that returns y attaches a note to that very tensor object: the tensors th
 that made it. A linear that receives y saves the note's tensors instead of y: they are kept anyway, so y is free. In
 backward the note recomputes y once for all the linears that read it.
 
+Notes chain: a module that maps a noted tensor to a new one may attach a note that is made of the first one's (see
+`source`). So of fc1 -> activation -> dropout -> fc2 only the activation's input and the dropout's mask are kept.
+
 A note is used only where that is certainly the same: y and the note's tensors were not modified since, and the
 saved-tensors hook on top (activation checkpointing, `save_on_cpu`) is the one under which the note was made. A view
 that has all rows of y in order counts as y; other views, copies and casts are other tensors and have no note. In
@@ -18,7 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +68,13 @@ class Recipe:
         picked = [
             t.reshape(-1, t.shape[-1]).index_select(0, rows) if per_row else t
             for t, per_row in zip(tensors, self.per_row, strict=True)
+        ]
+        return self.recompute(*picked)
+
+    def output_slice(self, tensors: Sequence[Tensor], rows: slice) -> Tensor:
+        """As `output_rows`, for rows in one piece: the tensors' own rows are views."""
+        picked = [
+            t.reshape(-1, t.shape[-1])[rows] if per_row else t for t, per_row in zip(tensors, self.per_row, strict=True)
         ]
         return self.recompute(*picked)
 
@@ -150,6 +160,39 @@ def find(x: Tensor) -> Note | None:
 def whole(x: Tensor) -> Tensor:
     """The tensor of which `x` is a view with all its rows in order, else `x`; `fully_shard` hands on such views."""
     return x._base if x._base is not None and _same_rows(x, x._base) else x
+
+
+class Source(NamedTuple):
+    """How to make a tensor x from kept tensors; the start of a recipe for what is made from x.
+
+    Attributes:
+        recompute: makes x, or a view that x was a mere reshaping of, from `tensors`; row by row.
+        tensors: what is kept for it.
+        per_row: which of the tensors have the leading dimensions of x.
+    """
+
+    recompute: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    per_row: tuple[bool, ...]
+
+
+def source(x: Tensor) -> Source:
+    """How to make x, for the note of what is made from it: as its own note says if that holds, else x itself is kept.
+
+    What is attached then must not need the tensors to have the shape of x, but only its rows:
+
+        recompute, tensors, per_row = notes.source(x)
+        recipe = notes.Recipe(lambda *kept: F.gelu(recompute(*kept)), per_row)
+        notes.attach(y, recipe, tensors)
+    """
+    note = find(x)
+    if note is None:
+        return Source(_itself, (x.detach(),), (True,))
+    return Source(note.recipe.recompute, note.tensors, note.recipe.per_row)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _same_rows(view: Tensor, base: Tensor) -> bool:

@@ -6,7 +6,6 @@ x is (..., D), N rows; weight (D,); rstd (N,) = 1 / sqrt(mean(x^2) + eps), fp32 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -20,6 +19,7 @@ from ..ops.rms_norm import reference
 from ..ops.rms_norm.style import Style, statistic_dtype
 from ..ops.rms_norm_backward import reference as backward_reference
 from .converted import original_class
+from .probing import own_attributes, takes_one_input
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, style: Style, double: bool) -> tuple[Tensor, Tensor]:
@@ -56,16 +56,20 @@ def eps_of(module: nn.Module) -> float | None:
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether `module` looks like an RMSNorm: its class's name, and at most one parameter, a 1-D `weight`."""
+    """Whether `module` may be an RMSNorm: by its class's name, and at most one parameter, a 1-D `weight`.
+
+    Families that follow T5 call theirs a LayerNorm; what it computes is `rms_norm_style`'s to find out.
+    """
     cls = original_class(module)
-    named = "RMSNorm" in cls.__name__ or cls.__name__.endswith("T5LayerNorm")
+    if cls is nn.RMSNorm:
+        return True
     weight = module._parameters.get("weight")
+    named = "RMSNorm" in cls.__name__ or ("Norm" in cls.__name__ and weight is not None)
     alone = set(module._parameters) <= {"weight"} and not module._buffers and not module._modules
-    return cls is nn.RMSNorm or (named and alone and (weight is None or weight.dim() == 1))
+    return named and alone and not isinstance(module, nn.LayerNorm) and (weight is None or weight.dim() == 1)
 
 
 _styles: dict[tuple[object, ...], Style | None] = {}
-_COMMON = frozenset(nn.Module().__dict__)
 
 
 def rms_norm_style(module: nn.Module, *, float64: bool = False) -> Style | None:
@@ -80,23 +84,18 @@ def rms_norm_style(module: nn.Module, *, float64: bool = False) -> Style | None:
     cls = original_class(module)
     if cls is nn.RMSNorm:
         return Style.SCALE_THEN_CAST if module.eps is None or isinstance(module.eps, Real) else None
-    if eps_of(module) is None or not _takes_one_input(cls.forward):
+    if eps_of(module) is None or not takes_one_input(cls.forward):
         return None
     weight = module._parameters.get("weight")
-    own = {k: v for k, v in module.__dict__.items() if k not in _COMMON and not k.startswith("_memsave")}
-    remember = all(isinstance(v, (str, Real, torch.dtype)) for v in own.values())
+    own = own_attributes(module)
     shape = None if weight is None else (weight.shape, weight.dtype)
-    key = (cls, float64, shape, *sorted(own.items(), key=lambda item: item[0]))
-    if not remember or key not in _styles:
+    key = (cls, float64, shape, own)
+    if own is None or key not in _styles:
         style = _probe(module, cls.forward, weight, (torch.float64,) if float64 else (torch.float32, torch.bfloat16))
-        if not remember:
+        if own is None:
             return style
         _styles[key] = style
     return _styles[key]
-
-
-def _takes_one_input(forward: Callable[..., object]) -> bool:
-    return len(inspect.signature(forward).parameters) == 2  # self, and the input
 
 
 _MAGNITUDES = (3.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0)  # so that eps counts in some rows

@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from ._backend import BackendError, use_backend, use_reference
 from ._library import backends, workspace_bytes
+from .activation import activation
+from .activation_backward import activation_backward
 from .draw_rows import draw_rows
 from .draw_winners import draw_winners
+from .gated_activation import gated_activation
+from .gated_activation_backward import gated_activation_backward
 from .gather_rows import gather_rows
+from .layer_norm import layer_norm
+from .layer_norm_backward import layer_norm_backward
+from .logit_statistics import logit_statistics
+from .logit_statistics_backward import logit_statistics_backward
+from .masked_scale import masked_scale
 from .new_seed import new_seed
+from .pack_bits import pack_bits
 from .rms_norm import rms_norm
 from .rms_norm_backward import rms_norm_backward
 from .row_inclusion import row_inclusion
@@ -18,11 +28,21 @@ from .sampled_matmul import sampled_matmul
 
 __all__ = [
     "BackendError",
+    "activation",
+    "activation_backward",
     "backends",
     "draw_rows",
     "draw_winners",
+    "gated_activation",
+    "gated_activation_backward",
     "gather_rows",
+    "layer_norm",
+    "layer_norm_backward",
+    "masked_scale",
+    "logit_statistics",
+    "logit_statistics_backward",
     "new_seed",
+    "pack_bits",
     "rms_norm",
     "rms_norm_backward",
     "row_inclusion",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _NAMES = {
     "Darwin": ("_libmemsave.dylib", "libtorch_cpu.dylib"),
@@ -24,7 +25,7 @@ LIBRARY_NAME, _TORCH_NAME = _NAMES.get(platform.system(), ("_libmemsave.so", "li
 LIBRARY_PATH = Path(__file__).parent.parent / LIBRARY_NAME
 
 # Raised by a change of any kernel's arguments, here and in csrc/common.h: a stale library is refused, not called.
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 # DType in csrc/common.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -73,3 +74,13 @@ def function(name: str, *argtypes: Any) -> Callable[..., int]:
     found = getattr(loaded, name)
     found.argtypes, found.restype = argtypes, ctypes.c_int64
     return found
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (N, D) with neighbouring features next to each other in memory; a copy where they are not."""
+    return x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def rows_bytes(x: Tensor) -> int:
+    """What `rows_of` allocates."""
+    return 0 if x.stride(1) == 1 or x.numel() == 0 else x.numel() * x.element_size()

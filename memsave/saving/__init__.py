@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..applying import Change, apply_changes
 from ..config import TargetedConfig, applied_configs
-from ..convert import Change, apply_changes
 from ..errors import LoadError, SaveError
 from ..wrappers import INSIDE
 from . import record as records
@@ -202,7 +202,7 @@ def _change(model: nn.Module, applied: records.Applied) -> Change:
     except AttributeError:
         raise LoadError(f"load: the model lacks {name!r}, which {config.name} converted. {_UNCHANGED}") from None
     reason = config.why_not(module)
-    if isinstance(config, TargetedConfig) and not config.candidate(module):
+    if isinstance(config, TargetedConfig) and not config.fits(module):
         reason = f"it is of class {type(module).__name__}"
     if reason:
         raise LoadError(f"load: {config.name} cannot convert {name or 'the model'}: {reason}. {_UNCHANGED}")

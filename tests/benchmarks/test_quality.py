@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import train_text
 
 from benchmarks import run, tables
 from benchmarks.cases.case import Case
@@ -210,11 +209,6 @@ def test_a_run_of_remembered_norms(text: Path, run_suite: Callable[..., int], tm
 def test_the_suite_is_not_part_of_the_default_run() -> None:
     assert run.parse_options(["--suite", "quality"]).cases == list(QUALITY_CASES)
     assert not {case.name for case in run.parse_options([]).cases} & {case.name for case in QUALITY_CASES}
-
-
-def test_the_linears_of_the_demo_are_the_demo_s() -> None:
-    assert isinstance(QUALITY, QualityCase)
-    assert QUALITY.linears["down_proj"] == train_text.SAMPLED_LINEARS
 
 
 def test_the_committed_results_are_complete_and_of_these_cases() -> None:

@@ -119,7 +119,7 @@ def test_plots_show_their_results(tmp_path: Path) -> None:
     for path in (STEP, OP):
         written(tmp_path / "results" / "nvidia-h200" / path.name, on_gpu(path))
     drawn = plots.all_plots(tmp_path / "results", tmp_path / "images")
-    assert [plot.path.name for plot in drawn] == ["nvidia-h200-steps.png", "nvidia-h200-ops.png"]
+    assert [plot.path.name for plot in drawn] == [f"nvidia-h200-{name}.png" for name in ("steps", "pareto", "ops")]
     for plot in drawn:
         assert not plot.is_current()
         plot.write()
@@ -129,7 +129,7 @@ def test_plots_show_their_results(tmp_path: Path) -> None:
     changed["results"][1]["peak_bytes"] += 1
     written(tmp_path / "results" / "nvidia-h200" / STEP.name, changed)
     again = plots.all_plots(tmp_path / "results", tmp_path / "images")
-    assert [plot.is_current() for plot in again] == [False, True]
+    assert [plot.is_current() for plot in again] == [False, False, True]
 
 
 def test_what_came_back_is_filed_under_its_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The case table of the methods: every row drives `tests/test_methods.py`, and every method must have a row.
 
-x is (..., D) with N rows; linears map D = `WIDTH` to O = `OUT`. Modules are made from a fixed seed.
+x is (..., D) with N rows; linears map D = `WIDTH` to O = `OUT`, and
+feed-forward blocks have F = `HIDDEN` hidden units. Modules are made from a fixed seed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memsave import MethodConfig, RecomputeNormConfig, WTACRSConfig
+from memsave import (
+    LinearCrossEntropyConfig,
+    MethodConfig,
+    RecomputeActivationConfig,
+    RecomputeDropoutConfig,
+    RecomputeMLPConfig,
+    RecomputeNormConfig,
+    WTACRSConfig,
+)
 
 from ..trees import HFRMSNorm
 
-WIDTH, OUT = 8, 6
+WIDTH, OUT, HIDDEN, CLASSES = 8, 6, 20, 40
 SHAPE = (3, 40, WIDTH)
 
 
@@ -31,6 +40,7 @@ class MethodCase:
         shape: of the input.
         gradients: "exact", or "sampled" where the weight's gradient is an estimate.
         precision: the widest dtype that the plain module computes in.
+        plain_when_compiled: whether a compiler gets the plain module, with exact gradients.
     """
 
     name: str
@@ -39,6 +49,7 @@ class MethodCase:
     shape: tuple[int, ...] = SHAPE
     gradients: str = "exact"
     precision: torch.dtype = torch.float64
+    plain_when_compiled: bool = False
 
     @property
     def id(self) -> str:
@@ -93,8 +104,24 @@ def conv1d() -> nn.Module:
     return Conv1D(OUT, WIDTH)
 
 
+def by_name(name: str) -> Callable[[], nn.Module]:
+    """An activation function of transformers."""
+
+    def make() -> nn.Module:
+        from transformers.activations import ACT2FN
+
+        return ACT2FN[name]
+
+    return make
+
+
 def linear() -> nn.Module:
     return nn.Linear(WIDTH, OUT)
+
+
+def head() -> nn.Module:
+    """A head with enough classes that its logits are better lazy."""
+    return nn.Linear(WIDTH, CLASSES)
 
 
 def frozen() -> nn.Module:
@@ -107,8 +134,62 @@ def sampled(**settings: Any) -> WTACRSConfig:
     return WTACRSConfig(**{"target_modules": r".*", "keep_ratio": 0.25, "min_rows": 1, **settings})
 
 
+class GatedMLP(nn.Module):
+    """Llama's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.up_proj = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FusedMLP(nn.Module):
+    """Phi-3's: gate and up are the halves of one linear's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(WIDTH, 2 * HIDDEN, bias=False)
+        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.activation_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+def plain_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
+
+
+def mlp(**settings: Any) -> RecomputeMLPConfig:
+    return RecomputeMLPConfig(target_modules=r"0", **settings)
+
+
+def norm_then_dropout() -> nn.Module:
+    return NormThenDropout(nn.LayerNorm(WIDTH), nn.Dropout(0.25))
+
+
+class NormThenDropout(nn.Sequential):
+    """A dropout whose output is noted, since its input is."""
+
+    def kept_bytes(self, input_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Of both together, once they are converted."""
+        return sum(module.kept_bytes(input_shape, dtype) for module in self)
+
+
 EXACT = (RecomputeNormConfig(),)
+ALL = (mlp(recompute="all"),)
+SAMPLED_ALL = (mlp(recompute="all", keep_ratio=0.25, min_rows=1),)
 BOTH = (RecomputeNormConfig(), sampled())
+ACTIVATION = (RecomputeActivationConfig(),)
+DROPOUT = (RecomputeDropoutConfig(),)
+NORM_AND_DROPOUT = (RecomputeNormConfig(), RecomputeDropoutConfig())
+LAZY = (LinearCrossEntropyConfig(target_modules=r".*", min_logits_bytes=0),)
 
 CASES = [
     MethodCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT),
@@ -123,6 +204,15 @@ CASES = [
     MethodCase("linear_without_bias", lambda: nn.Linear(WIDTH, OUT, bias=False), EXACT),
     MethodCase("conv1d", conv1d, EXACT),
     MethodCase("one_row", linear, EXACT, shape=(WIDTH,)),
+    MethodCase("gated", GatedMLP, (mlp(),)),
+    MethodCase("fused", FusedMLP, (mlp(),)),
+    MethodCase("plain", plain_mlp, (mlp(),)),
+    MethodCase("all_gated", GatedMLP, ALL),
+    MethodCase("all_fused", FusedMLP, ALL),
+    MethodCase("all_plain", plain_mlp, ALL),
+    MethodCase("sampled_gated", GatedMLP, SAMPLED_ALL, gradients="sampled", plain_when_compiled=True),
+    MethodCase("sampled_fused", FusedMLP, SAMPLED_ALL, gradients="sampled", plain_when_compiled=True),
+    MethodCase("sampled_plain", plain_mlp, SAMPLED_ALL, gradients="sampled", plain_when_compiled=True),
     MethodCase("pps", linear, (sampled(),), gradients="sampled"),
     MethodCase("wta_crs", linear, (sampled(estimator="wta_crs"),), gradients="sampled"),
     MethodCase("crs", linear, (sampled(estimator="crs"),), gradients="sampled"),
@@ -138,8 +228,29 @@ CASES = [
     MethodCase("fewer_rows_than_min_rows", linear, (sampled(min_rows=200),)),
     MethodCase("ratio_one", linear, (sampled(keep_ratio=1),)),
     MethodCase("frozen", frozen, (sampled(),)),
+    MethodCase("gelu", nn.GELU, ACTIVATION),
+    MethodCase("gelu_tanh", lambda: nn.GELU(approximate="tanh"), ACTIVATION),
+    MethodCase("silu", nn.SiLU, ACTIVATION),
+    MethodCase("mish", nn.Mish, ACTIVATION),
+    MethodCase("gelu_new", by_name("gelu_new"), ACTIVATION),
+    MethodCase("quick_gelu", by_name("quick_gelu"), ACTIVATION),
+    MethodCase("relu_squared", by_name("relu2"), ACTIVATION),
+    MethodCase("one_row", nn.GELU, ACTIVATION, shape=(WIDTH,)),
+    MethodCase("linear", linear, ACTIVATION),
+    MethodCase("conv1d", conv1d, ACTIVATION),
+    MethodCase("dropout", lambda: nn.Dropout(0.1), DROPOUT),
+    MethodCase("matrix_dropout", lambda: nn.Dropout(0.7), DROPOUT, shape=(64, WIDTH)),
+    MethodCase("dropout_of_one_row", nn.Dropout, DROPOUT, shape=(WIDTH,)),
+    MethodCase("dropout_of_nothing", lambda: nn.Dropout(0.0), DROPOUT),
+    MethodCase("linear", linear, DROPOUT),
+    MethodCase("head", head, LAZY),
+    MethodCase("head_without_bias", lambda: nn.Linear(WIDTH, CLASSES, bias=False), LAZY),
+    MethodCase("head", head, (*EXACT, *LAZY)),
     MethodCase("linear", linear, BOTH, gradients="sampled"),
 ]
+
+# Methods of model scope, which the battery of single modules does not know, and the tests that they have instead.
+MODEL_SCOPE = {"share_mask": "tests/integrations/test_attention.py"}
 
 NOTED_CASES = [
     NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT, copies=1),
@@ -152,4 +263,10 @@ NOTED_CASES = [
     NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1),
     NotedCase("layer_norm", lambda: nn.LayerNorm(WIDTH), BOTH, copies=2),
     NotedCase("three_linears", lambda: nn.RMSNorm(WIDTH), BOTH, copies=1, linears=(linear, linear, linear)),
+    NotedCase("gelu", nn.GELU, ACTIVATION, copies=0),
+    NotedCase("silu", nn.SiLU, ACTIVATION, copies=0, linears=(linear, linear)),
+    NotedCase("gelu_new_conv1d", by_name("gelu_new"), ACTIVATION, copies=0, linears=(conv1d,)),
+    NotedCase("relu_squared", by_name("relu2"), ACTIVATION, copies=0),
+    NotedCase("gelu", nn.GELU, (*ACTIVATION, sampled()), copies=0),
+    NotedCase("dropout", norm_then_dropout, NORM_AND_DROPOUT, copies=2),
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import memsave
-from memsave import MethodConfig, WTACRSConfig
+from memsave import LinearCrossEntropyConfig, MethodConfig, RecomputeDropoutConfig, RecomputeMLPConfig, WTACRSConfig
 
 from ..cases.methods import CASES, NOTED_CASES, SHAPE, WIDTH, MethodCase, NotedCase
 from ..test_methods import Fan
@@ -58,6 +58,8 @@ class Row:
         convert: converts it in place.
         batch: the input of one rank at one step.
         exact: whether all gradients are those of the plain model; None where its parameters are others.
+        random: whether the plain model draws, too: then no joined batch does what the ranks do.
+        exact_in: the mode in which nothing is sampled, and all gradients are exact all the same.
         tolerance: relative error that rounding may cause in losses and weights.
     """
 
@@ -67,6 +69,8 @@ class Row:
     batch: Callable[[int, int], Tensor]
     exact: bool | None
     tolerance: float = 1e-9
+    random: bool = False
+    exact_in: str | None = None
 
     def plain(self) -> nn.Module:
         """The plain model, with the same random weights at every call."""
@@ -109,6 +113,9 @@ def _stack(case: MethodCase | NotedCase) -> Row:
         batch,
         exact=not sampled,
         tolerance=1e-9 if case.precision is torch.float64 else 1e-4,
+        random=any(isinstance(config, RecomputeDropoutConfig) for config in case.configs),
+        # There a block's linears are sharded while it runs forward, so it cannot be run again by itself.
+        exact_in="fsdp_linear" if any(isinstance(config, RecomputeMLPConfig) for config in case.configs) else None,
     )
 
 
@@ -120,11 +127,11 @@ def _convert(inner: nn.Module, configs: tuple[MethodConfig, ...]) -> None:
 class LlamaLoss(nn.Module):
     """A tiny Llama whose output is the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 32) -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS}
+        sizes = {"vocab_size": num_classes, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
         self.llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
 
@@ -140,12 +147,26 @@ def _tokens(step: int, rank: int) -> Tensor:
     return torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(10 * step + rank))
 
 
+def _many_tokens(step: int, rank: int) -> Tensor:
+    """Enough of them, and of 128 classes, for lazy logits."""
+    return torch.randint(0, 128, (2, 32), generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+_LAZY = LinearCrossEntropyConfig(min_logits_bytes=0)
 _MLP = WTACRSConfig(keep_ratio=0.3, min_rows=1, target_modules=["gate_proj", "up_proj", "down_proj"])
 _LOW_RANK = ToyLowRankConfig(rank=3, target_modules=["inner"])
 ROWS = [_stack(case) for case in [*CASES, *NOTED_CASES]] + [
     replace(_stack(CASES[-1]), id="toy_low_rank", convert=lambda m: memsave.convert_model(m, _LOW_RANK), exact=None),
     # Its norms and its loss are computed in fp32.
     Row("llama-bare", LlamaLoss, memsave.convert_model, _tokens, exact=True, tolerance=1e-4),
+    Row(
+        "lazy_logits",
+        lambda: LlamaLoss(128),
+        lambda m: memsave.convert_model(m, _LAZY),
+        _many_tokens,
+        exact=True,
+        tolerance=1e-4,
+    ),
     Row("llama-wta_crs", LlamaLoss, lambda m: memsave.convert_model(m, _MLP), _tokens, exact=False, tolerance=1e-4),
     Row(
         "llama-bare+wta_crs",

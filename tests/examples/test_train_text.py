@@ -28,7 +28,7 @@ from memsave.memory.profile import MemoryProfile, Timeline
 
 ROOT = Path(__file__).parents[2]
 TOY = ["--size", "tiny", "--steps", "6", "--batch", "2", "--length", "32"]
-VARIANTS = ["plain", "checkpoint", "exact", "wta_crs"]
+VARIANTS = ["plain", "checkpoint", "exact", "all", "all+wta_crs"]
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def test_every_variant_trains_to_the_end(job: tuple[dict[str, Any], str, Path]) 
 def test_exact_variants_compute_what_plain_does_and_sampling_does_not(job: tuple[dict[str, Any], str, Path]) -> None:
     results = by_variant(job[0])
     plain = results["plain"]["training_losses"]
-    for name in ("checkpoint", "exact"):
+    for name in ("checkpoint", "exact", "all"):
         assert results[name]["training_losses"] == pytest.approx(plain, rel=1e-5)
         assert results[name]["validation_loss"] == pytest.approx(results["plain"]["validation_loss"], rel=1e-5)
-    sampled = results["wta_crs"]["training_losses"]
+    sampled = results["all+wta_crs"]["training_losses"]
     # The forward of the first step is exact; later losses follow from sampled gradients.
     assert sampled[0] == pytest.approx(plain[0], rel=1e-6)
     assert sampled[-1] != pytest.approx(plain[-1], rel=1e-5)
@@ -81,9 +81,10 @@ def test_exact_variants_compute_what_plain_does_and_sampling_does_not(job: tuple
 
 def test_bytes_are_ordered_as_the_methods_promise(job: tuple[dict[str, Any], str, Path]) -> None:
     kept = {name: result["kept_bytes"] for name, result in by_variant(job[0]).items()}
-    assert kept["checkpoint"] < kept["wta_crs"] < kept["exact"] < kept["plain"]
+    assert kept["checkpoint"] < kept["all"] < kept["exact"] < kept["plain"]
+    assert 0 <= kept["all+wta_crs"] - kept["all"] <= 2 * 8  # no rows, but for each of the two layers a seed
     peak = {name: result["peak_bytes"] for name, result in by_variant(job[0]).items()}
-    assert peak["checkpoint"] < peak["exact"] < peak["plain"]
+    assert peak["all"] <= peak["exact"] < peak["plain"] > peak["checkpoint"]
 
 
 def test_the_measured_step_is_a_steady_one(job: tuple[dict[str, Any], str, Path]) -> None:
@@ -103,7 +104,7 @@ def test_sampling_does_not_depend_on_random_numbers_drawn_between_steps(text_fol
     batches = train_text.make_batches(options.data.train, 4, 2, 32, seed=0)
 
     def losses(drawn_between: int) -> list[float]:
-        variant = train_text.Run("wta_crs", options)
+        variant = train_text.Run("all+wta_crs", options)
         for index, batch in enumerate(batches):
             torch.rand(drawn_between)
             variant.step(index, batch)
@@ -113,16 +114,16 @@ def test_sampling_does_not_depend_on_random_numbers_drawn_between_steps(text_fol
 
 
 def test_some_variants_only(text_folder: Path, tmp_path: Path) -> None:
-    report, printed = run(text_folder, tmp_path, "--variants", "exact", "wta_crs")
-    assert [result["variant"] for result in report["results"]] == ["exact", "wta_crs"]
-    assert "wta_crs peaks at" in printed and "plain" not in printed
+    report, printed = run(text_folder, tmp_path, "--variants", "exact", "checkpoint")
+    assert [result["variant"] for result in report["results"]] == ["exact", "checkpoint"]
+    assert "checkpoint peaks at" in printed and "plain" not in printed
 
 
 def test_table_and_words_are_printed(job: tuple[dict[str, Any], str, Path]) -> None:
     report, printed, out = job
     lines = printed.splitlines()
     (start,) = (i for i, line in enumerate(lines) if line.startswith("variant "))
-    assert [line.split()[0] for line in lines[start + 2 : start + 6]] == VARIANTS
+    assert [line.split()[0] for line in lines[start + 2 : start + 7]] == VARIANTS
     plain, checkpoint = report["results"][:2]
     ratio = checkpoint["kept_bytes"] / plain["kept_bytes"]
     assert f"{checkpoint['kept_bytes'] / 2**20:.1f} MiB  {ratio:.2f}x" in lines[start + 3]
@@ -202,24 +203,23 @@ def test_words_follow_from_the_figures() -> None:
     plain, exact = made_up("plain", 100, 50, 0.2, 2.0), made_up("exact", 80, 30, 0.22, 2.001)
     plain = dataclasses.replace(plain, training_losses=[3.0] * 11)
     exact = dataclasses.replace(exact, training_losses=[3.0] * 9 + [3.0001, 3.02])
-    sentences = in_words([plain, exact, made_up("wta_crs", 76, 24, 0.11, 2.1)], 0.25)
+    recomputed, sampled = made_up("all", 76, 24, 0.275, 2.1), made_up("all+wta_crs", 38, 12, 0.22, 2.15)
+    recomputed = dataclasses.replace(recomputed, training_losses=[3.0] * 11)
+    sentences = in_words([plain, exact, recomputed, sampled], 0.25)
     assert sentences[0].startswith(
         "exact peaks at 80% of plain's bytes and keeps 60% of its bytes for backward, at 1.10x"
     )
-    assert "differ by 0.0001 at most in the first ten steps; training makes rounding grow, to 0.02" in sentences[2]
-    for figure in (
-        "with 25% of the rows",
-        "peak changes by -5%",
-        "backward by -20%",
-        "time by -50%",
-        "loss by +0.0990",
-    ):
-        assert figure in sentences[3]
-    assert "WTA-CRS alone gains little" in sentences[3]
-    assert sentences[4].startswith("7.0 MiB of plain's peak are weights")
-
-    strong = in_words([plain, exact, made_up("wta_crs", 40, 12, 0.11, 2.1)], 0.25)
-    assert "peak changes by -50%" in strong[3] and "gains little" not in strong[3]
+    assert "differ by 0.0001 at most in the first ten steps; training makes rounding grow, to 0.02" in sentences[3]
+    assert sentences[4].startswith("all computes what plain does up to rounding: their training losses differ by 0 at")
+    assert sentences[5] == (
+        "What computing the MLPs again adds to exact: the peak changes by -5%, the bytes kept for backward by -20%, "
+        "the step time by +25%, the validation loss by +0.0990."
+    )
+    assert sentences[6] == (
+        "What sampling 25% of the rows adds to all: the peak changes by -50%, the bytes kept for backward by -50%, the "
+        "step time by -20%, the validation loss by +0.0500."
+    )
+    assert sentences[7].startswith("7.0 MiB of plain's peak are weights") and len(sentences) == 8
 
 
 def test_table_gives_ratios_to_the_first_variant() -> None:

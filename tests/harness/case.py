@@ -21,6 +21,8 @@ class OpSpec:
             sets the budget. Needed where an output rounds.
         exact: whether each output must have the oracle's bits (NaN equal to NaN) or may round; one value for all.
         takes_empty: False for an op that refuses a first tensor without elements.
+        writes: positions of the arguments that the op writes to, as its schema declares. What they hold afterwards
+            counts as outputs behind those that it returns, here and in `oracle` and `plain`.
     """
 
     name: str
@@ -28,6 +30,7 @@ class OpSpec:
     plain: Callable[..., Any] | None = None
     exact: bool | tuple[bool, ...] = True
     takes_empty: bool = True
+    writes: tuple[int, ...] = ()
 
     def is_exact(self, output: int) -> bool:
         return self.exact if isinstance(self.exact, bool) else self.exact[output]
@@ -59,4 +62,6 @@ class OpCase:
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    if outputs is None:
+        return ()
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -27,7 +27,8 @@ def check(
     It runs with unwritten memory full of NaN and of a large number, with and without
     `torch.use_deterministic_algorithms`. Every run must give the right values (the bits of the oracle, or an error
     against float64 of at most twice that of plain PyTorch); runs of one mode the same bits. Outputs are contiguous and
-    own their memory, no larger than needed. Nothing is written outside of them, and no input is modified.
+    own their memory, no larger than needed. Nothing is written outside of them, and no input is modified, but those
+    that the op declares to write to.
 
     Args:
         case: the row.
@@ -46,7 +47,7 @@ def check(
             name = "deterministic" if mode else "default"
             where = f"{case.id} on {device} ({name} mode, new memory holds {fill})"
             with _mode(mode, device):
-                outputs = _run(args, implementation, device, fill, where)
+                outputs = _run(args, implementation, device, fill, where, case.spec.writes)
             expected.compare(outputs, where)
             if first is not None:
                 assert_same(outputs, first, f"{where}: not the same bits in two runs")
@@ -75,7 +76,12 @@ class Expected:
 
 
 def _run(
-    args: tuple[Any, ...], implementation: Callable[..., Any], device: str, fill: str, where: str
+    args: tuple[Any, ...],
+    implementation: Callable[..., Any],
+    device: str,
+    fill: str,
+    where: str,
+    writes: tuple[int, ...],
 ) -> tuple[Tensor, ...]:
     """One run between guards; all of its promises but the values."""
     inputs = {i: guarded(a, device) for i, a in enumerate(args) if isinstance(a, Tensor)}
@@ -83,7 +89,7 @@ def _run(
     with new:
         outputs = as_tuple(implementation(*(inputs[i].tensor if i in inputs else a for i, a in enumerate(args))))
     for i, found in inputs.items():
-        change = found.change()
+        change = found.change(written=i in writes)
         assert change is None, f"{where}: argument {i} was {change}"
     for found in new.found:
         change = found.change()
@@ -91,7 +97,7 @@ def _run(
     taken = {found.buffer.untyped_storage().data_ptr(): f"argument {i}" for i, found in inputs.items()}
     for i, output in enumerate(outputs):
         _check_memory(output, i, new.found, taken, where)
-    return outputs
+    return (*outputs, *(inputs[i].tensor for i in writes))
 
 
 def _check_memory(output: Tensor, i: int, new: list[Guarded], taken: dict[int, str], where: str) -> None:

@@ -51,15 +51,19 @@ class Guarded:
     fill: float | int | bool
     before: Tensor | None = None
 
-    def change(self) -> str | None:
-        """What was written that must not be, in words."""
+    def change(self, written: bool = False) -> str | None:
+        """What was written that must not be, in words. `written`: the elements may be, but not what lies between."""
         end = self.begin + extent(self.tensor)
         for name, place in (("before", slice(0, self.begin)), ("behind", slice(end, None))):
             border = self.buffer[place]
             if not same_bytes(border, torch.full_like(border, self.fill)):
                 return f"written {name} its memory"
-        if self.before is not None and not same_bytes(self.buffer, self.before):
-            return "modified in place"
+        if self.before is not None:
+            allowed = self.before.clone()
+            if written:
+                allowed.as_strided(self.tensor.shape, self.tensor.stride(), self.begin).copy_(self.tensor)
+            if not same_bytes(self.buffer, allowed):
+                return "modified in place" if not written else "written between its elements"
         return None
 
 

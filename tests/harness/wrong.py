@@ -15,6 +15,7 @@ from torch import Tensor
 from memsave.ops.draw_rows.reference import draw_rows
 from memsave.ops.draw_winners.reference import draw_winners
 from memsave.ops.gather_rows.reference import gather_rows
+from memsave.ops.logit_statistics_backward.reference import logit_statistics_backward
 from memsave.ops.row_inclusion.reference import row_inclusion
 from memsave.ops.sampled_matmul.reference import sampled_matmul
 
@@ -212,3 +213,21 @@ def different_in_deterministic_mode_only(dy: Tensor, kept: Tensor, rows: Tensor,
 def seed_from_a_private_generator(like: Tensor) -> Tensor:
     """Activation checkpointing could not replay it."""
     return torch.tensor(next(_runs))
+
+
+@mistake("logit_statistics_backward", "argument 2 was modified in place")
+def writes_to_more_than_it_declares(logits: Tensor, target: Tensor, peak: Tensor, *rest: Any) -> None:
+    logit_statistics_backward(logits, target, peak, *rest)
+    peak.add_(1)
+
+
+@mistake("logit_statistics_backward", "argument 0 was written between its elements")
+def writes_between_elements(logits: Tensor, *rest: Any) -> None:
+    logit_statistics_backward(logits, *rest)
+    if logits.numel() and logits.stride(1) == 2:
+        logits.as_strided((1,), (1,), logits.storage_offset() + 1).zero_()
+
+
+@mistake("logit_statistics_backward", "error .* against float64, the budget is")
+def leaves_what_it_must_write_to(logits: Tensor, *rest: Any) -> None:
+    logit_statistics_backward(logits.clone(), *rest)

@@ -182,6 +182,18 @@ def test_large_and_undefined_logits(scale: float, reduction: str) -> None:
     assert_equal_to_plain(tensors, reduction=reduction)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_large_logits_keep_what_distinguishes_them(reduction: str) -> None:
+    """All near 1e4, where float32 has steps of 1e-3; their differences, and so loss and gradients, are exact."""
+    weight = 1 + torch.arange(11.0)[:, None] * 2.0**-13
+    tensors = {"hidden": torch.full((4, 1), 1e4), "weight": weight, "target": torch.tensor([0, 3, 9, 10])}
+    tensors["weight"].requires_grad_()
+    wide = tensors | {"hidden": torch.full((4, 1), 1e4).double(), "weight": weight.detach().double().requires_grad_()}
+    found = loss_and_gradients(linear_cross_entropy, tensors, reduction=reduction)
+    for ours, exact in zip(found, loss_and_gradients(plain, wide, reduction=reduction), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"reduction": "none"}, {"z_loss": 0.1, "reduction": "sum"}])
 def test_error_within_twice_that_of_plain(dtype: torch.dtype, options: dict[str, Any], monkeypatch) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from tests.harness import as_tuple
 
 
 def peak_inside_bytes(call: Callable[[], Any]) -> int:
@@ -18,7 +19,7 @@ def peak_inside_bytes(call: Callable[[], Any]) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    tensors = (outputs,) if isinstance(outputs, Tensor) else outputs
+    tensors = as_tuple(outputs)
     returned = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     assert live >= returned, "the profiler missed an allocation of the op"
     return peak - returned

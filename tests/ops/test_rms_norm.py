@@ -13,6 +13,7 @@ from memsave.ops import _native
 from memsave.ops.rms_norm import Style
 from tests.cases.ops.inputs import FLOATS, matrix
 from tests.harness import assert_same
+from tests.ops.threads import threads
 
 BACKENDS = ["reference"] + ["native"] * (_native.library() is not None)
 native = pytest.mark.skipif(_native.library() is None, reason=f"no C++ kernels: {_native.state()}")
@@ -46,13 +47,10 @@ def test_the_kernel_has_the_bits_of_plain_pytorch(columns: int) -> None:
 @native
 def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
     args = matrix(1300, 67), matrix(1300, 67, value=5), torch.ones(1300), torch.ones(67), Style.ONE_PLUS
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    found = []
+    for count in (1, 2, 3):
+        with threads(count):
             found.append(ops.rms_norm_backward(*args))
-    finally:
-        torch.set_num_threads(threads)
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
 

@@ -18,6 +18,14 @@ CSRC = ROOT / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 # One mistake in each kernel: op, source, what is right, what is wrong, and what the sanitizer says.
 MISTAKES = {
+    "activation": ("job.pieces.size(piece);", "kBlock;", "heap-buffer-overflow"),
+    "activation_backward": ("j < n; ++j", "j <= n; ++j", "heap-buffer-overflow"),
+    "gated_activation": (
+        "job.pieces.read(job.up, piece,",
+        "job.pieces.read(job.up, piece + 1,",
+        "heap-buffer-overflow",
+    ),
+    "gated_activation_backward": ("job.pieces.size(piece);", "kBlock;", "heap-buffer-overflow"),
     "gather_rows": ("r < end; ++r", "r <= end; ++r", "heap-buffer-overflow"),
     "draw_rows": ("row < n && found < k", "row < n", "heap-buffer-overflow"),
     "row_inclusion": (
@@ -25,12 +33,13 @@ MISTAKES = {
         "(1 << 30) + 1 + int32_t(share)",
         "signed integer",
     ),
+    "logit_statistics": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
+    "logit_statistics_backward": ("n = std::min(kBlock, job.columns - start)", "n = kBlock", "heap-buffer-overflow"),
     "rms_norm": ("parallel_for(n_rows, grain", "parallel_for(n_rows + 1, grain", "heap-buffer-overflow"),
-    "rms_norm_backward": (
-        "return std::max<int64_t>(1, memsave",
-        "return std::min<int64_t>(1, memsave",
-        "heap-buffer-overflow",
-    ),
+    "rms_norm_backward": ("columns, 1, element_bytes", "columns - 1, 1, element_bytes", "heap-buffer-overflow"),
+    "layer_norm_backward": ("columns, 2, 4)", "columns, 1, 4)", "heap-buffer-overflow"),
+    "pack_bits": ("source + 8 * whole, source + columns", "source + 8 * whole, source + columns + 1", "overflow"),
+    "masked_scale": ("j + 32 <= n", "j < n", "buffer-overflow"),
 }
 
 

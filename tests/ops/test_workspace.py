@@ -10,7 +10,18 @@ import torch
 from memsave import ops
 from memsave.ops import _native
 from memsave.ops.rms_norm import Style
-from tests.cases.ops.inputs import FLOATS, inclusion, log_normal, matrix, row_indices, scales, seed, short
+from tests.cases.ops.inputs import (
+    FLOATS,
+    inclusion,
+    log_normal,
+    mask,
+    matrix,
+    packed,
+    row_indices,
+    scales,
+    seed,
+    short,
+)
 from tests.ops.allocations import peak_inside_bytes
 
 BACKENDS = ["reference"] + ["native"] * (_native.library() is not None)
@@ -54,7 +65,55 @@ def norm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found
 
 
-CALLS = calls() | norm_calls()
+def bit_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for d in (96, 93, 3):
+        found[f"pack_bits-{d}"] = "pack_bits", (mask(400, d),)
+        for dtype in FLOATS:
+            args = matrix(400, d, dtype), packed(400, d), 2.0
+            found[f"masked_scale-{d}-{short(dtype)}"] = "masked_scale", args
+    for dtype in FLOATS:
+        transposed = matrix(400, 90, dtype).t(), packed(90, 400), 2.0
+        found[f"masked_scale-transposed-{short(dtype)}"] = "masked_scale", transposed
+    return found | {"pack_bits-transposed": ("pack_bits", (mask(400, 90).t(),))}
+
+
+def logit_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every dtype with and without a softcap: one block of rows, and several."""
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for dtype in FLOATS:
+        for n, classes in ((40, 300), (50, 100_000)):
+            logits, target = matrix(n, classes, dtype), torch.arange(n)
+            numbers = [torch.ones(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32)] * 5
+            for softcap in (None, 5.0):
+                name = f"{n}-{short(dtype)}-{softcap}"
+                found[f"logit_statistics-{name}"] = "logit_statistics", (logits, target, softcap)
+                args = logits, target, *numbers, softcap
+                found[f"logit_statistics_backward-{name}"] = "logit_statistics_backward", args
+        transposed = logits.t(), torch.zeros(classes, dtype=torch.int64), None
+        found[f"logit_statistics-transposed-{short(dtype)}"] = "logit_statistics", transposed
+    return found
+
+
+def layer_norm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every dtype and mixture of dtypes of LayerNorm, and its gradients with and without those of the parameters."""
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for dtype in FLOATS:
+        x, dy = matrix(400, 96, dtype), matrix(400, 96, dtype, value=5)
+        rstd = torch.ones(400, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for of in (None, dtype, torch.float32):
+            weight = None if of is None else torch.ones(96, dtype=of)
+            for flag in (True, False):
+                name = f"{short(dtype)}-{of}-{flag}"
+                found[f"layer_norm-{name}"] = "layer_norm", (x, weight, weight, 1e-5, flag)
+                found[f"layer_norm_backward-{name}"] = "layer_norm_backward", (dy, x, rstd, weight, flag, flag)
+        found[f"layer_norm-transposed-{short(dtype)}"] = "layer_norm", (x.t(), None, None, 1e-5, False)
+        transposed = dy.t(), x.t(), rstd[:96], None, True, False
+        found[f"layer_norm_backward-transposed-{short(dtype)}"] = "layer_norm_backward", transposed
+    return found
+
+
+CALLS = calls() | norm_calls() | layer_norm_calls() | bit_calls() | logit_calls()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import cycle
 from typing import Any
 
 import triton.language as tl
+
+from memsave.ops.activation import Activation
+from memsave.ops.triton_rows import tile
 
 from .resources import TARGETS, Build
 
@@ -78,23 +82,27 @@ def matmul_builds() -> list[Build]:
 
 def norm_builds() -> list[Build]:
     """Short, usual and the longest rows, with as many warps as each GPU gets; each style, and what it rounds to."""
-    forward, backward = kernels_of("rms_norm"), kernels_of("rms_norm_backward")
+    backward = kernels_of("rms_norm_backward")
+    kernels = [kernels_of("rms_norm").forward_kernel, backward.backward_kernel]
+    kernels += [kernels_of("layer_norm").forward_kernel, kernels_of("layer_norm_backward").backward_kernel]
     builds = []
     for target, (gpu, _) in TARGETS.items():
         for style, (dtype, features) in enumerate([("fp16", 64), ("bf16", 2048), ("fp32", 16384), ("bf16", 16384)]):
-            block, warps = forward.tile(features, gpu.warp_size)
-            pointers = dict.fromkeys(("x", "weight", "y", "dy", "dx"), f"*{dtype}") | {"rstd": "*fp32", "sums": "*fp32"}
+            block, warps = tile(features, gpu.warp_size)
+            pointers = dict.fromkeys(("x", "weight", "bias", "y", "dy", "dx"), f"*{dtype}")
+            pointers |= dict.fromkeys(("rstd", "sums"), "*fp32")
             strides = dict.fromkeys(("stride_n", "stride_x_n", "stride_dy_n"), "i32")
             types = {**pointers, **strides, "N": "i32", "D": "i32", "rows": "i32"}
-            ones = dict.fromkeys(("stride_d", "stride_x_d", "stride_dy_d", "stride_w", "stride_rstd"), 1)
+            ones = dict.fromkeys(("stride_d", "stride_x_d", "stride_dy_d", "stride_w", "stride_b", "stride_rstd"), 1)
             rounded = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
-            flags = {"STYLE": style, "HAS_WEIGHT": True, "ROUNDED": rounded, "NEEDS_DWEIGHT": True, "BLOCK": block}
+            flags = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "NEEDS_DWEIGHT", "NEEDS_SUMS"), True)
+            flags |= {"STYLE": style, "ROUNDED": rounded, "BLOCK": block}
             flags |= {"EPS": 1e-5, "WIDE": tl.float32, "PRODUCT": tl.float32}
-            for kernel in (forward.forward_kernel, backward.backward_kernel):
+            for kernel in kernels if features <= 8192 else kernels[:3]:  # LayerNorm's gradients have two sums to hold
                 names = set(kernel.arg_names)
                 builds.append(
                     Build(
-                        f"{kernel.fn.__name__}_{dtype}_{features}",
+                        f"{kernel.fn.__module__.split('.')[-2]}_{dtype}_{features}",
                         kernel,
                         {name: of for name, of in types.items() if name in names},
                         {name: value for name, value in (ones | flags).items() if name in names},
@@ -106,4 +114,77 @@ def norm_builds() -> list[Build]:
     return builds
 
 
-BUILDS = [*integer_builds(), *gather_builds(), *matmul_builds(), *norm_builds()]
+def activation_builds() -> list[Build]:
+    """Every function, the types in turn, in a narrow tile and the widest."""
+    forward, backward = kernels_of("gated_activation"), kernels_of("gated_activation_backward")
+    builds = []
+    for kind, dtype in zip(Activation, cycle(("bf16", "fp16", "fp32", "fp64"))):
+        for features in (64, 8192):
+            pointers = dict.fromkeys(("gate", "up", "h", "dh", "dgate", "dup"), f"*{dtype}")
+            strides = dict.fromkeys(("stride_gate_n", "stride_up_n", "stride_dh_n"), "i32")
+            types = {**pointers, **strides, "F": "i32"}
+            constants = dict.fromkeys(("stride_gate_f", "stride_up_f", "stride_dh_f"), 1)
+            wide = tl.float64 if dtype == "fp64" else tl.float32
+            constants |= {"KIND": int(kind), "WIDE": wide, "BLOCK": forward.tile(features)}
+            for kernel in (forward.product_kernel, backward.gradients_kernel):
+                names = set(kernel.arg_names)
+                builds.append(
+                    Build(
+                        f"{kernel.fn.__name__}_{kind.name.lower()}_{dtype}_{features}",
+                        kernel,
+                        {name: of for name, of in types.items() if name in names},
+                        {name: value for name, value in constants.items() if name in names},
+                        tuple(names & {"F", *strides}),
+                    )
+                )
+    return builds
+
+
+def bit_builds() -> list[Build]:
+    pack, masked = kernels_of("pack_bits"), kernels_of("masked_scale")
+    types = {"mask": "*u8", "bits": "*u8", **dict.fromkeys(("NUM_BYTES", "D", "BYTES_PER_ROW", "stride_n"), "i32")}
+    builds = [Build("pack", pack.pack_kernel, types, {"stride_d": 1, "BLOCK": pack.BLOCK}, ("D", "stride_n"))]
+    for dtype in ("fp16", "bf16", "fp32", "fp64"):
+        types = {"x": f"*{dtype}", "bits": "*u8", "y": f"*{dtype}"}
+        types |= dict.fromkeys(("NUMEL", "D", "stride_x_n", "stride_bits_n"), "i32")
+        wide = tl.float64 if dtype == "fp64" else tl.float32
+        constants = {"stride_x_d": 1, "stride_bits_b": 1, "SCALE": 1 / 0.9, "WIDE": wide, "BLOCK": masked.BLOCK}
+        multiples = ("NUMEL", "D", "stride_x_n")
+        builds.append(Build(f"masked_scale_{dtype}", masked.scale_kernel, types, constants, multiples))
+    return builds
+
+
+def logit_builds() -> list[Build]:
+    """A large vocabulary in each dtype, with and without a softcap."""
+    forward, backward = kernels_of("logit_statistics"), kernels_of("logit_statistics_backward")
+    builds = []
+    for dtype, softcap in [("fp16", 0.0), ("bf16", 30.0), ("fp32", 30.0), ("fp64", 0.0)]:
+        wide = {"fp64": "fp64"}.get(dtype, "fp32")
+        numbers = dict.fromkeys(("peak", "log_sum", "at_target", "total", "d_lse", "d_target", "d_total"), f"*{wide}")
+        types = {**numbers, "logits": f"*{dtype}", "target": "*i64", "V": "i32", "stride_n": "i32"}
+        flags = {"SOFTCAP": softcap, "WIDE": tl.float64 if wide == "fp64" else tl.float32, "BLOCK": forward.BLOCK}
+        for module, kernel in ((forward, forward.statistics_kernel), (backward, backward.gradient_kernel)):
+            names = set(kernel.arg_names)
+            ones = {name: 1 for name in names if name.startswith("stride_") and name != "stride_n"}
+            builds.append(
+                Build(
+                    f"{kernel.fn.__name__}_{dtype}",
+                    kernel,
+                    {name: of for name, of in types.items() if name in names},
+                    ones | flags,
+                    ("V", "stride_n"),
+                    {"num_warps": module.WARPS},
+                )
+            )
+    return builds
+
+
+BUILDS = [
+    *integer_builds(),
+    *gather_builds(),
+    *matmul_builds(),
+    *norm_builds(),
+    *activation_builds(),
+    *bit_builds(),
+    *logit_builds(),
+]

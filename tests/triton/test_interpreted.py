@@ -1,4 +1,4 @@
-"""Runs `tests/triton/interpreted` in a process of its own: kernels are interpreted or compiled, never both in one."""
+"""Runs `tests/triton/interpreted` in processes of their own: kernels are interpreted or compiled, never both in one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("tests", ["test_kernels.py", "test_mutants.py"])
+def test_in_the_interpreter(tests: str) -> None:
     triton = pytest.importorskip("triton", reason="the triton package is not installed")
     if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of triton 3.6 fails on numpy 2.4 and later, where 0-d arrays are strict")
     # Options and workers of this run are not those of the other.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "tests/triton/interpreted", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", f"tests/triton/interpreted/{tests}", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     output = run.stdout + run.stderr
     assert run.returncode == 0, output

@@ -11,7 +11,7 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .._native import DTYPE_CODES, function
+from .._native import DTYPE_CODES, function, rows_bytes, rows_of
 from . import reference
 from .style import Style, output_dtype, rounded_dtype, statistic_dtype
 
@@ -41,7 +41,7 @@ def widens_evenly(wide: torch.dtype, *tensors: Tensor | None) -> bool:
     return dtypes <= {torch.float64} if wide == torch.float64 else torch.float64 not in dtypes
 
 
-def scale_of(weight: Tensor | None, wide: torch.dtype, style: int) -> Tensor | None:
+def scale_of(weight: Tensor | None, wide: torch.dtype, style: int = Style.CAST_THEN_SCALE) -> Tensor | None:
     """(D,) contiguous: what xhat is multiplied by."""
     if weight is None:
         return None
@@ -50,21 +50,11 @@ def scale_of(weight: Tensor | None, wide: torch.dtype, style: int) -> Tensor | N
     return scale.add_(1.0) if one_plus else scale
 
 
-def scale_bytes(weight: Tensor | None, wide: torch.dtype, style: int) -> int:
+def scale_bytes(weight: Tensor | None, wide: torch.dtype, style: int = Style.CAST_THEN_SCALE) -> int:
     """What `scale_of` allocates."""
     if weight is None or (weight.dtype == wide and weight.is_contiguous() and style != Style.ONE_PLUS):
         return 0
     return weight.shape[0] * wide.itemsize
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x (N, D) with neighbouring features next to each other in memory; a copy where they are not."""
-    return x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
-
-
-def rows_bytes(x: Tensor) -> int:
-    """What `rows_of` allocates."""
-    return 0 if x.stride(1) == 1 or x.numel() == 0 else x.numel() * x.element_size()
 
 
 def launch(x: Tensor, weight: Tensor | None, eps: float, style: int, double: bool) -> tuple[Tensor, Tensor]:

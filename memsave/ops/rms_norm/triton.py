@@ -12,15 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_rows import TRITON_DTYPES, tile
 from .style import Style, output_dtype, rounded_dtype, statistic_dtype
 
 ONE_PLUS = tl.constexpr(int(Style.ONE_PLUS))
-TRITON_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 @triton.jit
@@ -57,12 +52,6 @@ def forward_kernel(
         scale = scale.to(WIDE) + 1.0 if STYLE == ONE_PLUS else scale
         values = scale.to(PRODUCT) * values
     tl.store(y + r * D + d, values.to(y.dtype.element_ty), mask=inside)
-
-
-def tile(features: int, warp_threads: int = 64 if torch.version.hip else 32) -> tuple[int, int]:
-    """(BLOCK, number of warps) for rows of `features` elements: 16 elements for each of at most 1,024 threads."""
-    block = max(triton.next_power_of_2(features), 16)
-    return block, min(max(block // 16, warp_threads), 1024) // warp_threads
 
 
 def launch(

@@ -6,7 +6,6 @@ dweight = sum over the rows of dy * xhat.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _check
@@ -52,12 +51,7 @@ def rms_norm_backward(
         ValueError: a tensor of another shape or dtype, tensors on several devices, an unknown style.
         RuntimeError: an input requires grad while grad mode is on.
     """
-    _check.floating("x", x, 2)
-    _check.floating("dy", dy, 2)
-    if dy.shape != x.shape:
-        raise ValueError(f"dy must have the shape of x, {tuple(x.shape)}; got {tuple(dy.shape)}.")
-    _check.typed("rstd", rstd, torch.float64 if rstd.dtype == torch.float64 else torch.float32, 1)
-    _check.length("rstd", rstd, x.shape[0], "rows of x")
+    _check.normalized(dy, x, rstd)
     check_weight(x, weight, style)
     _check.same_device(dy=dy, x=x, rstd=rstd, weight=weight)
     return _op(dy, x, rstd, weight, int(style), needs_dweight)

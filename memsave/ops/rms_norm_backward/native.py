@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from ctypes import c_int64, c_void_p
 
+import torch
 from torch import Tensor
 
-from .._native import DTYPE_CODES, function
-from ..rms_norm.native import rows_bytes, rows_of, scale_bytes, scale_of, widens_evenly
+from .._native import DTYPE_CODES, function, rows_bytes, rows_of
+from ..rms_norm.native import scale_bytes, scale_of, widens_evenly
 from . import reference
 
 _kernel = function(
@@ -19,7 +20,7 @@ _kernel = function(
     *(c_void_p, c_int64, c_int64, c_int64, c_int64),  # x: address, dtype, row stride, shape
     *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),  # rstd, scale, dx, dweight, its dtype, scratch
 )
-_scratch_elements = function("ms_rms_norm_backward_scratch", c_int64, c_int64)
+_scratch_bytes = function("ms_rms_norm_backward_scratch_bytes", c_int64, c_int64, c_int64)
 
 
 def launch(
@@ -31,7 +32,7 @@ def launch(
     dx, dweight, scratch = x.new_empty(x.shape), x.new_empty(0), None
     if weight is not None and needs_dweight:
         dweight = weight.new_empty(weight.shape)
-        scratch = rstd.new_empty(_scratch_elements(*x.shape))
+        scratch = x.new_empty(_scratch_bytes(*x.shape, rstd.itemsize), dtype=torch.uint8)
     _kernel(
         *(dy_rows.data_ptr(), DTYPE_CODES[dy.dtype], dy_rows.stride(0)),
         *(x_rows.data_ptr(), DTYPE_CODES[x.dtype], x_rows.stride(0), *x.shape),
@@ -46,5 +47,5 @@ def workspace_bytes(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, 
     if not widens_evenly(wide, dy, x, weight):
         return reference.workspace_bytes(dy, x, rstd, weight, style, needs_dweight)
     copies = rows_bytes(dy) + rows_bytes(x) + (0 if rstd.is_contiguous() else rstd.numel() * wide.itemsize)
-    sums = _scratch_elements(*x.shape) * wide.itemsize if weight is not None and needs_dweight else 0
+    sums = _scratch_bytes(*x.shape, wide.itemsize) if weight is not None and needs_dweight else 0
     return copies + scale_bytes(weight, wide, style) + sums

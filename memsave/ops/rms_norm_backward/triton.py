@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 
 from ..rms_norm.style import Style
-from ..rms_norm.triton import TRITON_DTYPES, tile
+from ..triton_rows import TRITON_DTYPES, group_rows, tile
 
-MAX_GROUPS = 512
 ONE_PLUS = tl.constexpr(int(Style.ONE_PLUS))
 
 
@@ -62,11 +61,6 @@ def backward_kernel(
         tl.store(dx + r * D + d, ((dxhat - xhat * mean) * root).to(dx.dtype.element_ty), mask=inside)
     if NEEDS_DWEIGHT:
         tl.store(sums + group * D + d, total, mask=inside)
-
-
-def group_rows(n: int) -> int:
-    """How many rows each program takes."""
-    return triton.cdiv(n, MAX_GROUPS)
 
 
 def launch(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,16 @@ def row_indices(n: int, k: int, value: int = 2) -> Tensor:
 
 def scales(k: int, value: int = 3) -> Tensor:
     return 0.5 + torch.rand(k, generator=generator(value))
+
+
+def mask(n: int, d: int, kept: float = 0.6, value: int = 4) -> Tensor:
+    """(n, d) bool."""
+    return torch.rand(n, d, generator=generator(value)) < kept
+
+
+def packed(n: int, d: int, kept: float = 0.6) -> Tensor:
+    """(n, ceil(d / 8)) uint8: the bits of `mask`, by numpy."""
+    return torch.from_numpy(np.packbits(mask(n, d, kept).numpy(), axis=-1, bitorder="little"))
 
 
 def strided(tensor: Tensor) -> Tensor:

@@ -105,6 +105,8 @@ CASES = [
     *(case for dtype in FLOATS for case in _cases_of_dtype(dtype)),
     *(OpCase(SPEC, f"{short(h)}_wide_dy", arguments(21, 35, h, torch.float32, dy_dtype=torch.float32)) for h in HALF),
     OpCase(SPEC, "float64_in_float32", arguments(21, 35, torch.float64, torch.float64)),
+    # Sums over many rows, whose rounding errors must not grow with their number.
+    OpCase(SPEC, "many_rows", arguments(50_000, 16), large=True),
     OpCase(SPEC, "strided", _strided),
     OpCase(SPEC, "expanded", _expanded),
 ]

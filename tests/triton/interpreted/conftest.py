@@ -17,3 +17,9 @@ def interpreter() -> None:
         pytest.skip("the triton package is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs a process of its own with TRITON_INTERPRET=1; tests/triton/test_interpreted.py starts it")
+
+
+@pytest.fixture(autouse=True)
+def small_groups(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that add up rows take several even of a few: for many rows the interpreter needs minutes."""
+    monkeypatch.setattr("memsave.ops.triton_rows.MIN_GROUPS", 8)

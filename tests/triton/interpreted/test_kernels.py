@@ -1,34 +1,17 @@
-"""Every Triton kernel through the harness, on the rows of the case table.
-
-bfloat16 is left out: the interpreter gets it wrong without an error. `tests/triton/test_gpu.py` has it.
-"""
+"""Every Triton kernel through the harness, on the rows of the case table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from memsave.ops.philox import row_words
-from tests.cases.ops import CASES, SPECS, sampled_matmul
-from tests.harness import OpCase, assert_same, check, has_kernel, implementation
+from tests.cases.ops import SPECS, sampled_matmul
+from tests.harness import OpCase, assert_same, implementation
 
-KERNEL_CASES = [
-    case
-    for case in CASES
-    if has_kernel(case.op, "triton")
-    and not any(isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in case.make())
-]
-
-
-def interpret(case: OpCase, launch: Callable[..., Any]) -> None:
-    """The interpreter is the same in deterministic mode: once is enough."""
-    check(case, launch, deterministic=(False,))
+from .kernels import KERNEL_CASES, interpret
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda case: case.id)
@@ -81,75 +64,3 @@ def test_row_words_are_those_of_pytorch(seed: int, stream: int) -> None:
     rows = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40 + 3, 2**62])
     expected = row_words(rows, stream, torch.tensor(seed))
     assert_same(words_of_rows(rows, stream, torch.tensor(seed)), torch.stack(expected))
-
-
-# op, what is right, what is wrong. Those that reach outside of their tensors stay within the guards of the harness.
-MUTANTS = [
-    ("gather_rows", "r < K)[:, None]", "r < K - 1)[:, None]"),
-    ("gather_rows", "(d < D)[None, :]", "(d < D - 1)[None, :]"),
-    ("gather_rows", "values.to(out.dtype.element_ty), mask=inside", "values.to(out.dtype.element_ty)"),
-    ("gather_rows", "else values) * factor", "else values) + 0 * factor"),
-    ("gather_rows", "row[:, None] * stride_n", "(row[:, None].to(tl.float32) * stride_n).to(tl.int64)"),
-    ("sampled_matmul", "valid = r < last", "valid = r < last - 1"),
-    ("sampled_matmul", "valid = r < last", "valid = r < last + 1"),
-    ("sampled_matmul", "* factor[None, :]", "+ 0 * factor[None, :]"),
-    ("sampled_matmul", "row[None, :] * stride_dy_n", "(row[None, :].to(tl.float32) * stride_dy_n).to(tl.int64)"),
-    ("sampled_matmul", "program_id(2).to(tl.int64) * OUT", "program_id(2).to(tl.int64) * 0"),
-    (
-        "sampled_matmul",
-        "total, input_precision=PRECISION)",
-        "total).to(tl.float16).to(tl.float32)",
-    ),
-    ("row_inclusion", "left * m >= rest", "left * m >= 2 * rest"),
-    ("row_inclusion", "tl.full([], SHRINK, tl.float64)", "1.0"),
-    ("row_inclusion", "other=0) + m", "other=0)"),
-    ("row_inclusion", "remainder - room_before", "remainder - room_before - 1"),
-    ("row_inclusion", "added - here + ONE, mask=i < N", "added - here + ONE"),
-    ("draw_rows", "position - start - 1", "position - start"),
-    ("draw_rows", "hits + before", "hits + 0 * before"),
-    ("draw_rows", "0x7FFFFFFF", "0x3FFFFFFF"),
-    ("draw_rows", "key, mask=i < N", "key"),
-    ("rms_norm", "inside = d < D", "inside = d < D - 1"),
-    ("rms_norm", "element_ty), mask=inside", "element_ty)"),
-    ("rms_norm", "tl.full([], EPS, WIDE)", "0.0"),
-    ("rms_norm", "/ D + ", "/ BLOCK + "),
-    ("rms_norm", "r * stride_n", "r * D"),
-    ("rms_norm", ".to(ROUNDED)", ".to(tl.float16)"),
-    ("rms_norm", "scale.to(WIDE) + 1.0 if", "scale if"),
-    ("rms_norm_backward", "inside = d < D", "inside = d < D - 1"),
-    ("rms_norm_backward", "group * rows + rows, N)", "group * rows + rows, N - 1)"),
-    ("rms_norm_backward", "group * rows + rows, N)", "group * rows + 1, N)"),
-    ("rms_norm_backward", "total += dxhat", "total = dxhat"),
-    ("rms_norm_backward", "scale + 1.0 if", "scale if"),
-    ("rms_norm_backward", "r * stride_dy_n", "r * D"),
-    ("rms_norm_backward", "total, mask=inside", "total"),
-    ("rms_norm_backward", "- xhat * mean", "- mean"),
-]
-
-
-def test_every_kernel_has_mutants() -> None:
-    assert {op for op, _, _ in MUTANTS} == {op for op in SPECS if has_kernel(op, "triton")}
-
-
-@pytest.mark.parametrize("op, right, wrong", MUTANTS, ids=[f"{op}: {wrong}" for op, _, wrong in MUTANTS])
-def test_a_broken_kernel_is_noticed(op: str, right: str, wrong: str, tmp_path: Path) -> None:
-    """A test of the tests: a kernel with one mistake must fail on some row of the table."""
-    source = Path(str(import_module(f"memsave.ops.{op}.triton").__file__)).read_text()
-    assert source.count(right) == 1, f"the kernel no longer contains {right!r} once: update this mutant"
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(right, wrong))
-    spec = spec_from_file_location(f"memsave.ops.{op}.mutant", path)
-    assert spec is not None and spec.loader is not None
-    mutant = module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-
-    def passes(case: OpCase) -> bool:
-        try:
-            interpret(case, mutant.launch)
-        except AssertionError:
-            return False
-        return True
-
-    # Large rows last: most mistakes show in a small one.
-    cases = sorted((case for case in KERNEL_CASES if case.op == op), key=lambda case: case.large)
-    assert not all(passes(case) for case in cases)

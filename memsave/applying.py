@@ -1,0 +1,122 @@
+"""Applying a plan: module by module, with a log that puts the model back as it was on any exception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from .config import MethodConfig, TargetedConfig, applied_configs
+from .errors import ConflictError
+from .guard import guard_saving
+
+_UNCHANGED = "The model was not changed."
+
+
+class Change(NamedTuple):
+    name: str
+    module: nn.Module
+    config: MethodConfig
+
+
+def _convert(change: Change, module: nn.Module) -> nn.Module:
+    return change.config.convert(module)
+
+
+def apply_changes(
+    model: nn.Module,
+    changes: Iterable[Change],
+    convert: Callable[[Change, nn.Module], nn.Module] = _convert,
+) -> None:
+    """Convert one module at a time; on any exception, also of the iterable, undo all of it."""
+    current: dict[str, nn.Module] = {}
+    undo: list[Callable[[], None]] = []
+    try:
+        for change in changes:
+            name, module, config = change
+            old = current.get(name, module)
+            if old is not module and isinstance(config, TargetedConfig) and not config.fits(old):
+                other = next(iter(applied_configs(old).values()), "another method")
+                raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
+            earlier = applied_configs(old).get(config.name)
+            new = convert(change, old)
+            undo.append(lambda old=old, new=new, c=config, e=earlier: _put_back(model, new, old, c, e))  # type: ignore[misc]
+            if new is not old:
+                if config.scope == "model":
+                    raise TypeError(f"{config}: a method of model scope must return the model itself")
+                new.train(old.training)
+                _replace(model, old, new)
+            new.__dict__.setdefault("_memsave", {})[config.name] = config
+            current[name] = new
+        guard_saving(model)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _put_back(
+    model: nn.Module, new: nn.Module, old: nn.Module, config: MethodConfig, earlier: MethodConfig | None
+) -> None:
+    if new is old and earlier is not None:
+        earlier.convert(new).__dict__["_memsave"][config.name] = earlier
+    elif new is old:
+        config.restore(new, adapters="drop")
+        _forget(new, config)
+    else:
+        _replace(model, new, old)
+
+
+def unapply_changes(model: nn.Module, changes: Sequence[Change], adapters: str | None) -> None:
+    """Restore one module at a time; on any exception convert again what was restored."""
+    current: dict[int, nn.Module] = {}
+    undo: list[Callable[[], None]] = []
+    try:
+        for _, module, config in changes:
+            new = current.get(id(module), module)
+            record = applied_configs(new)
+            old = config.restore(new, adapters=adapters)
+            undo.append(lambda old=old, new=new, c=config, r=record: _convert_again(model, old, new, c, r))  # type: ignore[misc]
+            if old is not new:
+                old.train(new.training)
+                _replace(model, new, old)
+            _forget(old, config)
+            current[id(module)] = old
+        guard_saving(model)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _convert_again(
+    model: nn.Module, old: nn.Module, new: nn.Module, config: MethodConfig, record: dict[str, MethodConfig]
+) -> None:
+    """`record` is what was applied before, oldest first."""
+    if new is old:
+        config.convert(old).__dict__["_memsave"] = record
+    else:
+        _replace(model, old, new)
+
+
+def _forget(module: nn.Module, config: MethodConfig) -> None:
+    """Drop the record of `config` where the method keeps none of its own."""
+    record = module.__dict__.get("_memsave")
+    if record is not None:
+        record.pop(config.name, None)
+        if not record:
+            del module.__dict__["_memsave"]
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` is a child."""
+    for parent, name in list(_places(model, old)):
+        setattr(parent, name, new)
+
+
+def _places(model: nn.Module, child: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for parent in model.modules():
+        for name, module in parent._modules.items():
+            if module is child:
+                yield parent, name

@@ -1,0 +1,161 @@
+"""Tests of the tests: every Triton kernel with one mistake, which some row of the case table must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases.ops import SPECS, one_dtype
+from tests.harness import OpCase, has_kernel
+
+from .kernels import KERNEL_CASES, interpret
+
+# op, what is right, what is wrong. Those that reach outside of their tensors stay within the guards of the harness.
+MUTANTS = [
+    ("gated_activation", "inside = f < F", "inside = f < F - 1"),
+    ("gated_activation", "element_ty), mask=inside", "element_ty)"),
+    ("gated_activation", "n * stride_gate_n", "n * F"),
+    ("gated_activation", "f * stride_up_f", "f"),
+    ("gated_activation", "y.to(h.dtype.element_ty)", "y.to(tl.float16)"),
+    ("gated_activation", "rounded * factor", "rounded"),
+    ("gated_activation_backward", "inside = f < F", "inside = f < F - 1"),
+    ("gated_activation_backward", "dx.to(dgate.dtype.element_ty), mask=inside", "dx.to(dgate.dtype.element_ty)"),
+    ("gated_activation_backward", "(upstream * y).to(dup.dtype.element_ty), mask=inside", "upstream * y"),
+    ("gated_activation_backward", "n * stride_dh_n", "n * F"),
+    ("gated_activation_backward", "f * stride_gate_f", "f"),
+    ("gated_activation_backward", "upstream * factor * slope", "upstream * slope"),
+    ("gated_activation_backward", "upstream * y", "y"),
+    ("gather_rows", "r < K)[:, None]", "r < K - 1)[:, None]"),
+    ("gather_rows", "(d < D)[None, :]", "(d < D - 1)[None, :]"),
+    ("gather_rows", "values.to(out.dtype.element_ty), mask=inside", "values.to(out.dtype.element_ty)"),
+    ("gather_rows", "else values) * factor", "else values) + 0 * factor"),
+    ("gather_rows", "row[:, None] * stride_n", "(row[:, None].to(tl.float32) * stride_n).to(tl.int64)"),
+    ("sampled_matmul", "valid = r < last", "valid = r < last - 1"),
+    ("sampled_matmul", "valid = r < last", "valid = r < last + 1"),
+    ("sampled_matmul", "* factor[None, :]", "+ 0 * factor[None, :]"),
+    ("sampled_matmul", "row[None, :] * stride_dy_n", "(row[None, :].to(tl.float32) * stride_dy_n).to(tl.int64)"),
+    ("sampled_matmul", "program_id(2).to(tl.int64) * OUT", "program_id(2).to(tl.int64) * 0"),
+    (
+        "sampled_matmul",
+        "total, input_precision=PRECISION)",
+        "total).to(tl.float16).to(tl.float32)",
+    ),
+    ("row_inclusion", "left * m >= rest", "left * m >= 2 * rest"),
+    ("row_inclusion", "tl.full([], SHRINK, tl.float64)", "1.0"),
+    ("row_inclusion", "other=0) + m", "other=0)"),
+    ("row_inclusion", "remainder - room_before", "remainder - room_before - 1"),
+    ("row_inclusion", "added - here + ONE, mask=i < N", "added - here + ONE"),
+    ("draw_rows", "position - start - 1", "position - start"),
+    ("draw_rows", "hits + before", "hits + 0 * before"),
+    ("draw_rows", "0x7FFFFFFF", "0x3FFFFFFF"),
+    ("draw_rows", "key, mask=i < N", "key"),
+    ("rms_norm", "inside = d < D", "inside = d < D - 1"),
+    ("rms_norm", "element_ty), mask=inside", "element_ty)"),
+    ("rms_norm", "tl.full([], EPS, WIDE)", "0.0"),
+    ("rms_norm", "/ D + ", "/ BLOCK + "),
+    ("rms_norm", "r * stride_n", "r * D"),
+    ("rms_norm", ".to(ROUNDED)", ".to(tl.float16)"),
+    ("rms_norm", "scale.to(WIDE) + 1.0 if", "scale if"),
+    ("rms_norm_backward", "inside = d < D", "inside = d < D - 1"),
+    ("rms_norm_backward", "group * rows + rows, N)", "group * rows + rows, N - 1)"),
+    ("rms_norm_backward", "group * rows + rows, N)", "group * rows + 1, N)"),
+    ("rms_norm_backward", "total += dxhat", "total = dxhat"),
+    ("rms_norm_backward", "scale + 1.0 if", "scale if"),
+    ("rms_norm_backward", "r * stride_dy_n", "r * D"),
+    ("rms_norm_backward", "total, mask=inside", "total"),
+    ("rms_norm_backward", "- xhat * mean", "- mean"),
+    ("layer_norm", "inside = d < D", "inside = d < D - 1"),
+    ("layer_norm", "element_ty), mask=inside", "element_ty)"),
+    ("layer_norm", "tl.where(inside, wide - tl.sum(wide) / D, 0.0)", "wide - tl.sum(wide) / D"),
+    ("layer_norm", "tl.full([], EPS, WIDE)", "0.0"),
+    ("layer_norm", "tl.sum(values * values) / D", "tl.sum(values * values) / BLOCK"),
+    ("layer_norm", "r * stride_n", "r * D"),
+    ("layer_norm", "d * stride_b", "d"),
+    ("layer_norm_backward", "inside = d < D", "inside = d < D - 1"),
+    ("layer_norm_backward", "group * rows + rows, N)", "group * rows + rows, N - 1)"),
+    ("layer_norm_backward", "products += dxhat", "products = dxhat"),
+    ("layer_norm_backward", "dys += dxhat", "dys = dxhat"),
+    ("layer_norm_backward", "wide - tl.sum(wide) / D", "wide"),
+    ("layer_norm_backward", "wide_d * stride_dy_d, mask=inside, other=0.0", "wide_d * stride_dy_d"),
+    ("layer_norm_backward", "dxhat - tl.sum(dxhat) / D", "dxhat"),
+    ("layer_norm_backward", "group * 2 * D + D + d", "group * 2 * D + d"),
+    ("layer_norm_backward", "r * stride_dy_n", "r * D"),
+    ("pack_bits", "& (d < D)", ""),
+    ("pack_bits", "packed.to(tl.uint8), mask=i < NUM_BYTES", "packed.to(tl.uint8)"),
+    ("pack_bits", "<< place[None, :]", "<< (7 - place[None, :])"),
+    ("pack_bits", "row[:, None] * stride_n", "row[:, None] * D"),
+    ("masked_scale", "inside = i < NUMEL", "inside = i < NUMEL - 1"),
+    ("masked_scale", "element_ty), mask=inside", "element_ty)"),
+    ("masked_scale", "row * stride_x_n", "row * D"),
+    ("masked_scale", "row * stride_bits_n", "row * (D // 8)"),
+    ("masked_scale", "tl.full([], SCALE, WIDE)", "tl.full([], SCALE, tl.float32)"),
+    ("masked_scale", "values * factor", "tl.where(is_set == 1, values * factor, 0.0)"),
+    ("logit_statistics", "inside = v < V", "inside = v < V - 1"),
+    ("logit_statistics", "tl.max(tl.where(inside, z, NONE))", "tl.max(z) - 200.0"),
+    ("logit_statistics", "exp_sum * tl.exp(before - shift).to(tl.float64)", "exp_sum"),
+    ("logit_statistics", "tl.exp(z - shift), 0.0", "tl.exp(z - shift), 1.0"),
+    ("logit_statistics", "tl.where(inside, z, 0.0)", "tl.where(inside, z, 1.0)"),
+    ("logit_statistics", "inside & (v == place)", "inside & (v == place + 1)"),
+    ("logit_statistics", "r * stride_n", "r * V"),
+    ("logit_statistics", "r * stride_target", "r"),
+    ("logit_statistics", "z = cap * tanh", "z = tanh"),
+    ("logit_statistics", "tl.static_range(7)", "tl.static_range(6)"),
+    ("logit_statistics_backward", "inside = v < V", "inside = v < V - 1"),
+    ("logit_statistics_backward", "element_ty), mask=inside", "element_ty)"),
+    ("logit_statistics_backward", "r * stride_n", "r * V"),
+    ("logit_statistics_backward", "r * stride_d_total", "r"),
+    ("logit_statistics_backward", "slope = 1.0 - tanh * tanh", "slope = 1.0 - tanh"),
+    ("logit_statistics_backward", "- tl.load(log_sum", "+ 0 * tl.load(log_sum"),
+    ("logit_statistics_backward", "v == tl.load(target", "v + 1 == tl.load(target"),
+    ("logit_statistics_backward", "gradient * slope", "gradient"),
+]
+
+
+def test_every_kernel_has_mutants() -> None:
+    assert {op for op, _, _ in MUTANTS} == {op for op in SPECS if has_kernel(op, "triton")}
+
+
+@cache
+def most_telling_first(op: str) -> list[OpCase]:
+    """The rows of an op: each kind in one dtype before the others, large ones later, gaps in memory first."""
+    cases = [case for case in KERNEL_CASES if case.op == op]
+    first = one_dtype(cases)
+
+    def rank(case: OpCase) -> tuple[bool, bool, bool]:
+        gaps = any(isinstance(a, torch.Tensor) and not a.is_contiguous() for a in case.make())
+        return case not in first, case.large, not gaps
+
+    return sorted(cases, key=rank)
+
+
+def load_mutant(op: str, right: str, wrong: str, path: Path) -> Any:
+    """The module of a kernel with `wrong` in the place of `right`, by way of a file, which Triton reads."""
+    source = Path(str(import_module(f"memsave.ops.{op}.triton").__file__)).read_text()
+    assert source.count(right) == 1, f"the kernel no longer contains {right!r} once: update this mutant"
+    path.write_text(source.replace(right, wrong))
+    spec = spec_from_file_location(f"memsave.ops.{op}.mutant", path)
+    assert spec is not None and spec.loader is not None
+    mutant = module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant
+
+
+def passes(case: OpCase, launch: Callable[..., Any]) -> bool:
+    try:
+        interpret(case, launch)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("op, right, wrong", MUTANTS, ids=[f"{op}: {wrong}" for op, _, wrong in MUTANTS])
+def test_a_broken_kernel_is_noticed(op: str, right: str, wrong: str, tmp_path: Path) -> None:
+    mutant = load_mutant(op, right, wrong, tmp_path / "mutant.py")
+    assert not all(passes(case, mutant.launch) for case in most_telling_first(op))
