@@ -111,6 +111,4 @@ class RecomputeMLPConfig(TargetedConfig):
     def backend(self, module: nn.Module) -> str:
         if is_linear(module):
             return "torch"
-        devices = {p.device.type for p in module.parameters()}
-        served = {ops.backends()["gated_activation"].get(device, {}).get("active") for device in devices}
-        return served.pop() or "reference" if served else "reference"
+        return ops.serving("gated_activation", {p.device.type for p in module.parameters()})

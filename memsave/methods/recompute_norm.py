@@ -75,9 +75,7 @@ class RecomputeNormConfig(TargetedConfig):
             op = "layer_norm_backward"
         else:
             return "torch"
-        devices = {p.device.type for p in module.parameters(recurse=False)}
-        served = {ops.backends()[op].get(device, {}).get("active") for device in devices}
-        return served.pop() or "reference" if served else "reference"
+        return ops.serving(op, {p.device.type for p in module.parameters(recurse=False)})
 
 
 def _mixin(module: nn.Module) -> type[Converted]:

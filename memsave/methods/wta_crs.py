@@ -102,6 +102,4 @@ class WTACRSConfig(TargetedConfig):
         return unswap(module, self.name)
 
     def backend(self, module: nn.Module) -> str:
-        devices = {p.device.type for p in module.parameters(recurse=False)}
-        served = {ops.backends()["gather_rows"].get(device, {}).get("active") for device in devices}
-        return served.pop() or "reference" if served else "reference"
+        return ops.serving("gather_rows", {p.device.type for p in module.parameters(recurse=False)})

@@ -25,6 +25,7 @@ from ..ops.gated_activation_backward import reference as gated_backward_referenc
 from . import note
 from .converted import Converted
 from .eager import no_autocast, once_differentiable, only_input, plain
+from .matrix import as_matrix, in_shape
 
 
 def activate(x: Tensor, kind: Activation, *, noted: bool = True) -> Tensor:
@@ -54,15 +55,9 @@ def _on_rows(op: Callable[..., Any], reference: Callable[..., Any], kind: int, *
     with no_autocast(first):
         if any(map(is_traceable_wrapper_subclass, tensors)):
             return reference(*tensors, kind)
-        results = op(*(_rows(t) for t in tensors), kind)
-    # As `view`, but not a view for autograd, which would refuse to let anyone modify it in place.
-    restore = partial(torch.ops.aten._unsafe_view, size=first.shape)
+        results = op(*map(as_matrix, tensors), kind)
+    restore = partial(in_shape, shape=first.shape)
     return tuple(map(restore, results)) if isinstance(results, tuple) else restore(results)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., F) -> (N, F)"""
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1)
 
 
 # Torch's own operators, where they keep x alone and no kernel is faster: their backward runs without Python.

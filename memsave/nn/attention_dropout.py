@@ -13,17 +13,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from .eager import once_differentiable
+from .matrix import as_matrix
 
 _CHUNK_BYTES = 2**20
 """What the scores of the heads that are computed together may take: they should stay in the cache."""
-_PACK = 0x0102040810204080
-_SPREAD = 0x0101010101010101
-_CARRY = 0x7F7F7F7F7F7F7F7F
-_BIT_OF_BYTE = 0x8040201008040201 - 2**64
 
 
 class _Settings(NamedTuple):
@@ -73,7 +70,8 @@ class _Attention(torch.autograd.Function):
                 p.mul_(part.of_queries(keep).view(torch.uint8))
             torch.mul(_over_keys(p, v), factor, out=part.of_queries(output))
         ctx.settings = settings
-        ctx.save_for_backward(query, key, value, mask, None if keep is None else pack_bits(keep))
+        bits = None if keep is None else ops.pack_bits(as_matrix(keep)).view(*shape[:3], -1)
+        ctx.save_for_backward(query, key, value, mask, bits)
         return output
 
     @staticmethod
@@ -87,11 +85,11 @@ class _Attention(torch.autograd.Function):
             q, k, v = _in_math_dtype(part.of_queries(query), part.of_keys(key), part.of_keys(value))
             p, factor = _probabilities(q, k, part.of_mask(mask), settings)
             dy = torch.mul(part.of_queries(doutput), factor, out=q.new_empty(*q.shape[:3], v.shape[-1]))
-            keep = None if bits is None else unpack_bits(part.of_queries(bits), key.shape[2]).view(torch.uint8)
-            part.of_keys(dvalue).copy_(_to_keys(p if keep is None else p * keep, dy, v.shape[1]))
+            kept = None if bits is None else part.of_queries(bits)
+            part.of_keys(dvalue).copy_(_to_keys(p if kept is None else _dropped(p, kept), dy, v.shape[1]))
             dp = _over_features(dy, v)
-            if keep is not None:
-                dp.mul_(keep)
+            if kept is not None:
+                dp = _dropped(dp, kept)
             dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
             del p, dp
             if dmask is not None:
@@ -184,15 +182,6 @@ def _to_keys(p: Tensor, a: Tensor, groups: int) -> Tensor:
     return _grouped(p, groups).mT @ _grouped(a, groups)
 
 
-def pack_bits(flags: Tensor) -> Tensor:
-    """Booleans (..., S) as bytes (..., ceil(S / 8)), bit i of a byte for the i-th flag of its eight."""
-    bytes_of_eight = F.pad(flags, (0, -flags.shape[-1] % 8)).view(torch.int64)  # (..., ceil(S / 8))
-    # Moves the lowest bit of byte i to bit 56 + i; what lies above is cut off, what lies below is shifted out.
-    return (bytes_of_eight * _PACK).bitwise_right_shift_(56).to(torch.uint8)
-
-
-def unpack_bits(packed: Tensor, width: int) -> Tensor:
-    """The booleans (..., width) from which `pack_bits` made `packed`."""
-    spread = (packed.to(torch.int64) * _SPREAD).bitwise_and_(_BIT_OF_BYTE)  # byte i holds bit i of the packed one
-    spread.add_(_CARRY).bitwise_right_shift_(7).bitwise_and_(_SPREAD)  # whichever bit it was, now the lowest
-    return spread.view(torch.bool)[..., :width]
+def _dropped(p: Tensor, bits: Tensor) -> Tensor:
+    """p (b, h, T, S) where the bit is set, else 0; bits (b, h, T, ceil(S / 8))."""
+    return ops.masked_scale(as_matrix(p), as_matrix(bits), 1.0).view(p.shape)

@@ -20,6 +20,7 @@ from .. import ops
 from . import note as notes
 from .converted import Converted
 from .eager import only_input, plain
+from .matrix import as_matrix, in_shape
 
 
 class _Dropout(torch.autograd.Function):
@@ -30,11 +31,11 @@ class _Dropout(torch.autograd.Function):
         ctx.scale = scale
         if x.is_cuda:
             y, mask = torch.native_dropout(x, p, True)
-            bits = ops.pack_bits(_rows(mask))
+            bits = ops.pack_bits(as_matrix(mask))
         else:
             # Of the same shape and strides as the noise that torch draws, which is of the dtype of x.
             mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-            bits = ops.pack_bits(_rows(mask))
+            bits = ops.pack_bits(as_matrix(mask))
             y = _masked(x, bits, scale)
         ctx.save_for_backward(bits)
         ctx.mark_non_differentiable(bits)
@@ -64,14 +65,8 @@ def _gradient(ctx: Any, dy: Tensor) -> Tensor:
     return mask(dy, *ctx.saved_tensors, ctx.scale)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as a matrix (N, D)."""
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x.reshape(1, 1)
-
-
 def _masked(x: Tensor, bits: Tensor, scale: float) -> Tensor:
-    # As `view`, but not a view for autograd, which would refuse to let anyone modify it in place.
-    return torch.ops.aten._unsafe_view(ops.masked_scale(_rows(x), bits, scale), x.shape)
+    return in_shape(ops.masked_scale(as_matrix(x), bits, scale), x.shape)
 
 
 def _scale(x: Tensor, p: float) -> float:

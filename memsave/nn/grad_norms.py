@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from .matrix import row_norms
+
 # Codes. Code c from 2 on is the norm 2^((c - 2) / 8 - 5) over the mean; from 1/32 down it makes no difference.
 UNKNOWN, ZERO, SMALLEST = 0, 1, 2
 STEPS_PER_OCTAVE, OCTAVES_BELOW_MEAN = 8, 5
@@ -210,7 +212,7 @@ class Visit:
 
     def add(self, dy: Tensor) -> None:
         """Collect the norms of dy (N, O); no host sync."""
-        norms = torch.linalg.vector_norm(dy, dim=1, dtype=torch.promote_types(dy.dtype, torch.float32))
+        norms = row_norms(dy)
         if self._squares is None:
             self._squares = norms.square()
             _pending.append(self)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import ops
 from ..ops.rms_norm.style import HALF
 from .eager import autocast_enabled, no_autocast
+from .matrix import as_matrix, in_shape
 
 
 def widens(x: Tensor) -> bool:
@@ -36,16 +37,15 @@ def is_served(x: Tensor, *parameters: Tensor | None) -> bool:
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, widen: bool) -> tuple[Tensor, Tensor]:
     """y (..., D) and rstd (N,); see `ops.layer_norm`."""
     with no_autocast(x):
-        y, rstd = ops.layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, eps, widen)
-    # As `view`, but not a view for autograd, which would refuse to let anyone modify it in place.
-    return torch.ops.aten._unsafe_view(y, x.shape), rstd
+        y, rstd = ops.layer_norm(as_matrix(x), weight, bias, eps, widen)
+    return in_shape(y, x.shape), rstd
 
 
 def layer_norm_backward(
     dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, needs_dweight: bool, needs_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (..., D), dweight and dbias, (D,) float32 or (0,) where not needed; see `ops.layer_norm_backward`."""
-    dy, rows = (t.reshape(-1, x.shape[-1]) for t in (dy, x))  # (N, D)
+    dy, rows = as_matrix(dy), as_matrix(x)  # (N, D)
     with no_autocast(x):
         dx, dweight, dbias = ops.layer_norm_backward(dy, rows, rstd, weight, needs_dweight, needs_dbias)
     return dx.view(x.shape), dweight, dbias

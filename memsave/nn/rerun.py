@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .matrix import as_matrix, row_norms
 from .rows import KeepRows, poison
 
 
@@ -37,7 +38,7 @@ class BackwardDraw:
     @torch.no_grad()
     def expect(self, *dys: Tensor | None) -> None:
         """Take the norms from the gradients (..., O) that all the readers will bring, instead of the first reader's."""
-        norms = [_row_norms(dy.reshape(-1, dy.shape[-1])) for dy in dys if dy is not None]
+        norms = [row_norms(as_matrix(dy)) for dy in dys if dy is not None]
         self._norms = torch.stack(norms).norm(dim=0) if norms else None  # (N,)
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class BackwardDraw:
         if not 0 < self._keep.num_rows(x.shape[0]) < x.shape[0]:
             return dy.t() @ x
         if self._sample is None:
-            factors = _row_norms(dy) if self._norms is None else self._norms
+            factors = row_norms(dy) if self._norms is None else self._norms
             rows, scale = self._keep.draw(x, self._seed, factors)
             self._sample = rows, scale, ops.gather_rows(x, rows, None), poison(x).to(x.dtype)
         rows, scale, kept, poisoned = self._sample
@@ -53,10 +54,6 @@ class BackwardDraw:
         dweight += poison(dy).to(dweight.dtype)[:, None]
         dweight += poisoned
         return dweight
-
-
-def _row_norms(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t, dim=1, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
 class Rerun(NamedTuple):

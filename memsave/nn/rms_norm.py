@@ -19,6 +19,7 @@ from ..ops.rms_norm import reference
 from ..ops.rms_norm.style import Style, statistic_dtype
 from ..ops.rms_norm_backward import reference as backward_reference
 from .converted import original_class
+from .matrix import as_matrix, in_shape
 from .probing import own_attributes, takes_one_input
 
 
@@ -27,9 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, style: Style, 
     if is_traceable_wrapper_subclass(x):  # a DTensor knows torch's operators only; here rstd is (...)
         eps = torch.finfo(statistic_dtype(x.dtype, double)).eps if eps is None else eps
         return reference.rms_norm(x, weight, eps, style, double)
-    y, rstd = ops.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, style, double)
-    # As `view`, but not a view for autograd, which would refuse to let anyone modify it in place.
-    return torch.ops.aten._unsafe_view(y, x.shape), rstd
+    y, rstd = ops.rms_norm(as_matrix(x), weight, eps, style, double)
+    return in_shape(y, x.shape), rstd
 
 
 def rms_norm_backward(
@@ -40,7 +40,7 @@ def rms_norm_backward(
     if is_traceable_wrapper_subclass(x):
         dx, dweight = backward_reference.rms_norm_backward(dy, x, rstd, weight, style, needs_dweight)
     else:
-        dy, rows = (t.reshape(-1, x.shape[-1]) for t in (dy, x))  # (N, D)
+        dy, rows = as_matrix(dy), as_matrix(x)  # (N, D)
         dx, dweight = ops.rms_norm_backward(dy, rows, rstd, weight, style, needs_dweight)
         dx = dx.view(x.shape)
     return dx, dweight if needs_dweight else None

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from .grad_norms import Visit
+from .matrix import row_norms
 from .note import Held, HookMark, whole
 
 ESTIMATORS = ("pps", "wta_crs", "crs")
@@ -49,7 +50,7 @@ class KeepRows:
         `factors` (N,), all positive, multiply the norms of the rows.
         """
         k = self.num_rows(x.shape[0])
-        weights = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))  # (N,)
+        weights = row_norms(x)  # (N,)
         if factors is not None:
             weights = weights * factors
         if self.estimator == "pps":

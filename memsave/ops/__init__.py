@@ -6,7 +6,7 @@ Neither triton nor the C++ library is loaded before an op needs it.
 from __future__ import annotations
 
 from ._backend import BackendError, use_backend, use_reference
-from ._library import backends, workspace_bytes
+from ._library import backends, serving, workspace_bytes
 from .activation import activation
 from .activation_backward import activation_backward
 from .draw_rows import draw_rows
@@ -47,6 +47,7 @@ __all__ = [
     "rms_norm_backward",
     "row_inclusion",
     "sampled_matmul",
+    "serving",
     "use_backend",
     "use_reference",
     "workspace_bytes",

@@ -11,7 +11,7 @@ Ops have no derivative: that is the business of the `autograd.Function`s in `mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from inspect import signature
 from types import ModuleType
@@ -155,6 +155,12 @@ def register(
 def backends() -> dict[str, dict[str, Any]]:
     """For each op and each device ("cpu", "cuda"): the active backend, and why each other one is not; plain data."""
     return {name: {device: op.report(device) for device in ("cpu", "cuda")} for name, op in sorted(_OPS.items())}
+
+
+def serving(name: str, devices: Iterable[str]) -> str:
+    """The backend that serves an op on tensors of these device types; "reference" where no kernel does."""
+    active = {_OPS[name].report(device)["active"] for device in devices if device in ("cpu", "cuda")}
+    return next(filter(None, active), "reference")
 
 
 def workspace_bytes(func: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 import memsave
 from memsave.nn import attention_dropout
 from memsave.nn.attention import _shared, additive_mask, cpu_attention, shared_mask
-from memsave.nn.attention_dropout import attend_with_dropout, pack_bits, unpack_bits
+from memsave.nn.attention_dropout import attend_with_dropout
 
 B, HEADS, T, S, D = 2, 4, 21, 37, 8
 
@@ -40,15 +40,6 @@ def padding() -> Tensor:
 def bias() -> Tensor:
     g = torch.Generator().manual_seed(2)
     return torch.randn(1, HEADS, T, S, generator=g, dtype=torch.float64).requires_grad_()
-
-
-@pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 131])
-def test_bits_come_back_from_an_eighth_of_the_bytes(width: int) -> None:
-    flags = torch.rand(3, 5, width, generator=torch.Generator().manual_seed(0)) > 0.5
-    packed = pack_bits(flags)
-    assert packed.nbytes == 15 * ((width + 7) // 8)
-    assert torch.equal(unpack_bits(packed, width), flags)
-    assert torch.equal(unpack_bits(packed[1:, 2:4], width), flags[1:, 2:4])
 
 
 @pytest.mark.parametrize("kv", [HEADS, 2, 1])
