@@ -1,0 +1,1 @@
+"""memsave's adapters as PEFT tuners; importing this package makes them known to PEFT."""
