@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .nn.linear_cross_entropy import linear_cross_entropy
     from .ops import backends
+    from .peft import LaMDAConfig, SHiRAConfig, export, fuse_adapters, load_adapter
     from .report import Report
     from .saving import load, save
 
@@ -76,6 +77,7 @@ _PLACES = {
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
+    "peft": ("LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter"),
     "report": ("Report",),
     "saving": ("load", "save"),
 }
@@ -86,6 +88,7 @@ __all__ = [
     "ConversionError",
     "EstimateError",
     "Guarantee",
+    "LaMDAConfig",
     "LinearCrossEntropyConfig",
     "LoadError",
     "MemoryProfile",
@@ -99,6 +102,7 @@ __all__ = [
     "RecomputeMLPConfig",
     "RecomputeNormConfig",
     "RestoreError",
+    "SHiRAConfig",
     "SaveError",
     "ShareMaskConfig",
     "UnsupportedModelError",
@@ -106,8 +110,11 @@ __all__ = [
     "backends",
     "convert_model",
     "estimate",
+    "export",
+    "fuse_adapters",
     "linear_cross_entropy",
     "load",
+    "load_adapter",
     "measure",
     "restore_model",
     "sample_cache_bytes",
@@ -119,8 +126,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    if name in ("ops", "nn", "methods", "memory"):
+        try:
+            return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            if _MODULES[name] != "peft":
+                raise
+            raise ImportError(f"memsave.{name} needs {error.name}: pip install 'memsave[hf]'") from error
+    if name in ("ops", "nn", "methods", "memory", "peft"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'memsave' has no attribute {name!r}")
 

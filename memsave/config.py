@@ -66,6 +66,19 @@ class MethodConfig:
         """Say in words why `module` cannot be converted, or return None. Changes nothing."""
         return None
 
+    def missed(self, module: nn.Module) -> list[str]:
+        """Targets of a method of model scope that lead to nothing in `module`, each in words with what was meant."""
+        return []
+
+    def within(self, module: nn.Module) -> Sequence[tuple[str, nn.Module]]:
+        """What a method of model scope converts within `module`, by names from there on; only the report asks."""
+        return [("", module)]
+
+    @property
+    def label(self) -> str:
+        """The name by which messages call the config."""
+        return type(self).__name__
+
     def parts(self, module: nn.Module) -> Mapping[str, object]:
         """Name the parts of a shared module (see `nn/linear.py`) that this method sets, with their settings.
 

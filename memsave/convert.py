@@ -58,8 +58,8 @@ def convert_model(
     kinds = {id(m.module): kind_of(m.module) for m in modules}
     report = Report(
         action="would be converted (dry run)" if dry_run else "converted",
-        rows=group_rows(plan.changes, kinds),
-        already=group_rows(plan.already, kinds),
+        rows=group_rows(_converted(plan.changes), kinds),
+        already=group_rows(_converted(plan.already), kinds),
         skipped=skipped(modules, plan, wanted),
         devices=tuple(sorted({str(p.device) for p in model.parameters()})),
         estimate=None if batch is None else _estimate(model, configs, batch),
@@ -67,6 +67,17 @@ def convert_model(
     if not dry_run:
         apply_changes(model, plan.changes)
     return report
+
+
+def _converted(changes: Sequence[Change]) -> list[Change]:
+    """The changes as the report names them: what a method of model scope converts, instead of the model."""
+    found: list[Change] = []
+    for change in changes:
+        if change.config.scope == "model":
+            found += [Change(name, module, change.config) for name, module in change.config.within(change.module)]
+        else:
+            found.append(change)
+    return found
 
 
 def _estimate(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig] | None, batch: Any) -> Estimate:
@@ -116,7 +127,7 @@ def restore_model(
     problems += _restore_problems(changes, adapters, allow_lossy)
     raise_all(problems)
     kinds = {id(m.module): kind_of(m.module) for m in modules}
-    rows = group_rows(changes, kinds)
+    rows = group_rows(_converted(changes), kinds)
     unapply_changes(model, changes, adapters)
     return Report(action="restored", rows=rows)
 
@@ -153,6 +164,8 @@ def _as_configs(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig]
         return [method() for method in METHODS if method.default]
     single = isinstance(configs, (MethodConfig, str)) or not isinstance(configs, Sequence)
     listed: list[MethodConfig] = [configs] if single else list(configs)  # type: ignore[list-item, arg-type]
+    # Configs of other packages' kinds, such as PEFT's, say themselves which method they stand for.
+    listed = [c.as_method() if hasattr(c, "as_method") and not isinstance(c, type) else c for c in listed]
     for config in listed:
         if not isinstance(config, MethodConfig):
             named = next((m for m in METHODS if m.name == config), METHODS[-1])

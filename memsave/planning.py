@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .applying import Change
-from .config import MethodConfig, TargetedConfig, applied_configs, matches
+from .config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
 from .errors import ConflictError, MemsaveError, NoMatchError, UnsupportedModelError
 from .report import Skip, group_skips, groups, pattern
 from .targets import Named, base_class, entries_of, missed_exclusions, missed_target
@@ -79,6 +79,9 @@ def _without_idle(plan: Plan) -> list[Change]:
 
 def _select_model(config: MethodConfig, model: nn.Module, plan: Plan, default: bool) -> list[tuple[str, nn.Module]]:
     """The model, if `config` of model scope can convert it; a default that cannot is named in the report at most."""
+    if missed := config.missed(model):
+        plan.problems += [NoMatchError(f"{message}. {_UNCHANGED}") for message in missed]
+        return []
     applies = config.applies(model)
     reason = config.why_not(model) if applies else f"{kind_of(model)} has nothing that it converts"
     if reason is None:
@@ -186,20 +189,27 @@ def skipped(modules: Sequence[Named], plan: Plan, configs: Sequence[MethodConfig
     """
     done = {id(change.module) for change in [*plan.changes, *plan.already]}
     targeted = [config for config in configs if isinstance(config, TargetedConfig)]
+    adapters = [config for config in configs if config.guarantee is Guarantee.ADAPTER and config.scope == "model"]
+    for config in adapters:
+        done |= {id(inner) for _, module in config.within(modules[0].module) for inner in module.modules()}
     held = {id(p): p for m in modules for p in m.module._parameters.values() if p is not None}
     total = max(sum(p.nbytes for p in held.values()), 1)
     rows = []
     for module, names in modules:
         own = [p for p in module._parameters.values() if p is not None]
-        if id(module) not in done and ((own and targeted) or id(module) in plan.reasons):
-            reason = plan.reasons.get(id(module)) or _why_left(module, targeted)
+        if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
+            continue  # the parameters are those of the module around it, an adapter's layer
+        if id(module) not in done and ((own and (targeted or adapters)) or id(module) in plan.reasons):
+            reason = plan.reasons.get(id(module)) or _why_left(module, targeted, adapters)
             if reason.startswith(_NO_KIND) and applied_configs(module):
                 continue
             rows.append((names[0], kind_of(module), reason, sum(p.nbytes for p in own) / total))
     return group_skips(rows)
 
 
-def _why_left(module: nn.Module, configs: Sequence[TargetedConfig]) -> str:
+def _why_left(module: nn.Module, configs: Sequence[TargetedConfig], adapters: Sequence[MethodConfig]) -> str:
+    if not configs:
+        return f"frozen: not targeted by {', '.join(sorted(config.name for config in adapters))}"
     names = sorted({config.name for config in configs})
     methods = f"{names[0]} converts" if len(names) == 1 else "these methods convert"
     if any(config.candidate(module) for config in configs):

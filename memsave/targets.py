@@ -54,7 +54,7 @@ def missed_target(config: TargetedConfig, entry: str, refused: str | None, modul
         what = "matches no module" + _meant(rule, convertible)
     counts = Counter(m.names[0].rpartition(".")[2] for m in convertible)
     listing = ", ".join(f"{name} x{n}" for name, n in counts.most_common(12)) or "none"
-    return f"{type(config).__name__}.target_modules: {entry!r} {what}. {config.name} can convert: {listing}"
+    return f"{config.label}.target_modules: {entry!r} {what}. {config.name} can convert: {listing}"
 
 
 def missed_exclusions(config: TargetedConfig, modules: Sequence[Named]) -> list[str]:
@@ -62,7 +62,7 @@ def missed_exclusions(config: TargetedConfig, modules: Sequence[Named]) -> list[
     excluded = config.exclude_modules
     rules = [excluded] if isinstance(excluded, str) else [(entry,) for entry in excluded or ()]
     return [
-        f"{type(config).__name__}.exclude_modules: {entries_of(rule)[0]!r} matches no module{_meant(rule, modules)}"
+        f"{config.label}.exclude_modules: {entries_of(rule)[0]!r} matches no module{_meant(rule, modules)}"
         for rule in rules
         if not _matching(rule, modules)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,11 @@ def read_record(directory: Path) -> Record:
 
 
 def _config(data: Mapping[str, Any], writer: str | None, path: Path) -> MethodConfig:
-    from .. import methods  # noqa: F401  # a config is known by name once its class exists
+    from .. import methods  # a config is known by name once its class exists
 
+    if not any(method.name == data.get("method") for method in methods.METHODS):
+        with suppress(ImportError):  # an adapter's, which is known once PEFT is imported
+            from .. import peft  # noqa: F401
     try:
         return MethodConfig.from_dict(data)
     except ValueError as error:

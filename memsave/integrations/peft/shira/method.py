@@ -1,0 +1,37 @@
+"""SHiRA as a method of `convert_model`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .... import ops
+from ..method import AdapterMethod
+from .config import SHiRAConfig
+from .layer import SHiRALinear
+from .model import problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHiRAMethod(AdapterMethod):
+    """What `convert_model(model, SHiRAConfig(...))` applies; made by that call."""
+
+    name: ClassVar[str] = "shira"
+    docs: ClassVar[str] = "docs/shira.md"
+    config_class: ClassVar[type[SHiRAConfig]] = SHiRAConfig
+    layer_class: ClassVar[type[nn.Module]] = SHiRALinear
+
+    def problems(self, model: nn.Module) -> list[str]:
+        return problems(self.peft_config, model)
+
+    def rebuild(self, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+        settings = {**json.loads(self.settings), "masks": "stored"}
+        stored = type(self)(settings=self.settings, peft_config=SHiRAConfig(**settings))
+        return stored.convert(module)
+
+    def backend(self, module: nn.Module) -> str:
+        return ops.serving("sddmm", {p.device.type for p in module.parameters()})

@@ -1,0 +1,62 @@
+"""The modules of a model that an adapter's config means, by PEFT's own rule."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from ...errors import UnsupportedModelError
+
+
+def targets_of(config: PeftConfig, model: nn.Module, layer_class: type[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The targets by name, also those that carry adapters already; `config` and `model` stay as they are.
+
+    Args:
+        layer_class: the tuner's layer; what lies within a layer of any tuner is no target.
+    """
+    known = config
+    if isinstance(config.target_modules, str):  # PEFT replaces "all-linear" by the names of the linears
+        known = copy.copy(config)
+        known = _maybe_include_all_linear_layers(known, model)
+    found: list[tuple[str, nn.Module]] = []
+    within: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(within or ("\0",)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            within = (*within, f"{name}.")
+        if _is_target(known, name):
+            found.append((name, module))
+    return found
+
+
+def _is_target(config: Any, name: str) -> bool:
+    # PEFT's answer for what is excluded is an object that is false.
+    return bool(check_target_module_exists(config, name))
+
+
+def refuse(problems: list[str], label: str) -> None:
+    """Raise UnsupportedModelError for what a tuner found wrong before it touched the model."""
+    if problems:
+        raise UnsupportedModelError(f"{label}: {'; '.join(problems)}. The model was not changed.")
+
+
+def withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of `model`; layers of memsave that have no other give way to the modules that they wrap."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent._modules.items()):
+            if not hasattr(layer, "unload_and_optionally_merge_module"):
+                continue
+            if adapter_name in layer._all_available_adapter_names():  # type: ignore[union-attr]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # PEFT says which adapter is active then
+                    layer.delete_adapter(adapter_name)  # type: ignore[union-attr, operator]
+            if not layer._all_available_adapter_names():  # type: ignore[union-attr]
+                base = layer.unload_and_optionally_merge_module(False, False, None)  # type: ignore[union-attr, operator]
+                setattr(parent, name, base)
+    getattr(model, "peft_config", {}).pop(adapter_name, None)

@@ -1,0 +1,74 @@
+"""PEFT's own suite for custom models, run on memsave's tuners where PEFT's test files are available.
+
+    PEFT_TESTS=/path/to/peft/tests pytest tests/integrations/peft/test_peft_suite.py
+
+They are not part of PEFT's package, and none is kept here. What is always run is in `test_tuners.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .tuners import SUITE_CASES, TUNERS
+
+FOLDER = os.environ.get("PEFT_TESTS")
+_CASES, _CLASSES = "test_name, model_id, config_cls, config_kwargs", "config_cls"
+# Tests that know each method of PEFT by name, and have no branch for a method that they do not know.
+_BY_NAME: dict[str, str] = {}
+
+
+def suite(folder: str) -> types.ModuleType:
+    """PEFT's tests for custom models, as part of a package of another name than ours."""
+    package = types.ModuleType("peft_tests")
+    package.__path__ = [folder]
+    sys.modules["peft_tests"] = package
+    # PEFT's helpers import these for tests that are not run here.
+    for name, attribute in (("diffusers", "StableDiffusionPipeline"), ("datasets", "load_dataset")):
+        if find_spec(name) is None:
+            sys.modules[name] = types.ModuleType(name)
+            setattr(sys.modules[name], attribute, type(attribute, (), {}))
+    return importlib.import_module("peft_tests.test_custom_models")
+
+
+def ours(function: Callable[..., Any], parameters: dict[str, list[Any]]) -> Callable[..., Any] | None:
+    """A copy of a test with our cases in place of PEFT's; None for one that is about other methods alone."""
+    marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
+    if not any(mark.args[0] in parameters and len(mark.args[1]) > 20 for mark in marks):
+        return None
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    for mark in marks:
+        values = parameters.get(mark.args[0], mark.args[1])
+        copy = pytest.mark.parametrize(mark.args[0], values)(copy)
+    return copy
+
+
+def cases_of(module: types.ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
+    parameters = {_CASES: SUITE_CASES, _CLASSES: TUNERS}
+    for cls in module.TestPeftCustomModel.__mro__:
+        for name, function in vars(cls).items():
+            if name.startswith("test_") and (copy := ours(function, parameters)) is not None:
+                yield name, copy
+
+
+if FOLDER is None or not (Path(FOLDER) / "test_custom_models.py").is_file():
+
+    @pytest.mark.skip(reason="PEFT's own test files are not available; name their folder in PEFT_TESTS")
+    def test_custom_models() -> None: ...
+
+else:
+    _module = suite(FOLDER)
+    TestOnOurTuners = type("TestOnOurTuners", (_module.TestPeftCustomModel,), dict(cases_of(_module)))
+    for _name in set(dir(TestOnOurTuners)) - set(vars(TestOnOurTuners)):
+        if _name.startswith("test_"):
+            setattr(TestOnOurTuners, _name, None)  # those that are about other methods
