@@ -230,7 +230,7 @@ def _without_own_hooks(weight: nn.Parameter) -> Iterator[None]:
 def _restored(model: nn.Module) -> Iterator[None]:
     """Turn all gradients off; put `requires_grad` and the norms' running statistics back at the end."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
         for parameter in trained:

@@ -64,10 +64,11 @@ def awom(first: Delta, second: Delta, shape: tuple[int, int]) -> float:
         ArithmeticError: the iteration did not converge.
     """
     a, b = _both(first, second, shape)
-    if shape[1] <= _EXACT_COLUMNS:
-        blocks = list(_product_rows(a, b))
-        return float(torch.linalg.matrix_norm(torch.cat(blocks), 2)) if blocks and shape[1] else 0.0
-    return _largest_singular_value(a, b)
+    with torch.device("cpu"):  # whatever the caller's default device is
+        if shape[1] <= _EXACT_COLUMNS:
+            blocks = list(_product_rows(a, b))
+            return float(torch.linalg.matrix_norm(torch.cat(blocks), 2)) if blocks else 0.0
+        return _largest_singular_value(a, b)
 
 
 def awor(first: Delta, second: Delta, shape: tuple[int, int]) -> float:
@@ -76,7 +77,8 @@ def awor(first: Delta, second: Delta, shape: tuple[int, int]) -> float:
     An entry counts as zero if its sum, in float64, is exactly zero. Arguments and errors as for `awom`.
     """
     a, b = _both(first, second, shape)
-    nonzeros = sum(int(block.count_nonzero()) for block in _product_rows(a, b))
+    with torch.device("cpu"):
+        nonzeros = sum(int(block.count_nonzero()) for block in _product_rows(a, b))
     return 1.0 - nonzeros / shape[1] ** 2 if shape[1] else 1.0
 
 

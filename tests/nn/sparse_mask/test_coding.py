@@ -62,6 +62,12 @@ def test_lengths_at_the_bounds(bound: int) -> None:
     assert codes.tolist() == one_by_one([bound])
 
 
+def test_the_default_device_does_not_matter() -> None:
+    indices = int32([0, 5, 5000])
+    with torch.device("meta"):
+        assert torch.equal(decode_gaps(encode_gaps(indices), 3, 5001), indices)
+
+
 @pytest.mark.parametrize(("density", "bytes_per_index"), [(0.001, 1.9), (0.01, 1.3), (0.1, 1.01)])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_bytes_per_value(density: float, bytes_per_index: float, seed: int) -> None:

@@ -77,6 +77,13 @@ def test_neither_layout_nor_threads_decide() -> None:
         torch.set_num_threads(threads)
 
 
+def test_the_default_device_does_not_matter() -> None:
+    scores = torch.tensor([1.0, 3.0, 2.0])
+    with torch.device("meta"):
+        assert largest(scores, 2).tolist() == [1, 2]
+        assert struct_indices((2, 3), 4).tolist() == struct_one_by_one((2, 3), 4)
+
+
 def test_a_parameter_is_a_score() -> None:
     assert largest(torch.nn.Parameter(torch.tensor([1.0, 3.0, 2.0])), 2).tolist() == [1, 2]
 
