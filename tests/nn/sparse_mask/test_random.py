@@ -112,15 +112,16 @@ def test_the_whole_range_is_used() -> None:
 
 
 def test_nothing_else_decides() -> None:
-    mask = random_indices(1_000, 100, 4)
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    with torch.device("meta"):
-        assert torch.equal(random_indices(1_000, 100, 4), mask)
-    with torch.inference_mode():
-        assert torch.equal(random_indices(1_000, 100, 4), mask)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(random_indices(1_000, 100, 5), mask)
+    for k in (100, 900):
+        mask = random_indices(1_000, k, 4)
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        with torch.device("meta"):
+            assert torch.equal(random_indices(1_000, k, 4), mask)
+        with torch.inference_mode():
+            assert torch.equal(random_indices(1_000, k, 4), mask)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not torch.equal(random_indices(1_000, k, 5), mask)
 
 
 def test_every_bit_of_the_seed_counts() -> None:
