@@ -5,9 +5,8 @@ Weights (R, C); N samples of D features.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,29 +16,8 @@ from torch import Tensor, nn
 import memsave
 from memsave.nn.sparse_mask import gradient_masks, selection
 
-from ...snapshot import snapshot
+from .calibrated import NAMES, Counting, Stop, data, failing, mlp, square, surroundings, weights_of
 from .masks import assert_valid
-
-NAMES = ("0.weight", "2.weight", "4.weight")
-
-
-def mlp(dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    torch.manual_seed(0)
-    parts = [nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Dropout(dropout), nn.Linear(8, 3)]
-    return nn.Sequential(*parts).to(dtype)
-
-
-def data(count: int = 3, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(5, 6, generator=generator, dtype=dtype) for _ in range(count)]
-
-
-def square(output: Tensor) -> Tensor:
-    return output.square().mean()
-
-
-def weights_of(model: nn.Module, names: tuple[str, ...] = NAMES) -> dict[str, nn.Parameter]:
-    return {name: model.get_parameter(name) for name in names}
 
 
 def by_sorting(scores: Tensor, k: int) -> list[int]:
@@ -125,21 +103,6 @@ def test_equal_scores_take_the_lowest_positions() -> None:
     assert masks["w"].tolist() == [0, 1, 2, 3, 4]
 
 
-class Counting(nn.Module):
-    """Layers of one size, which count how many live bytes of gradients there are."""
-
-    def __init__(self, layers: int, features: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(features, features, bias=False) for _ in range(layers))
-        self.passes = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.passes += 1
-        for layer in self.layers:
-            x = layer(x).tanh()
-        return x
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accumulators_of_one_layer_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_ENTRIES_AT_ONCE_CPU", 2**15)  # what selection takes is not the question
@@ -194,36 +157,6 @@ def test_the_largest_weight_is_the_budget() -> None:
     calls.clear()
     gradient_masks(model, weights_of(model, names), dict.fromkeys(names, 1), batches, loss=square, budget_bytes=84 * 8)
     assert len(calls) == 2 * len(batches)
-
-
-def surroundings(model: nn.Module) -> Any:
-    """What `snapshot` does not see."""
-    grads = {name: (id(p.grad), None if p.grad is None else p.grad.tolist()) for name, p in model.named_parameters()}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    hooks = {name: dict(p._post_accumulate_grad_hooks or {}) for name, p in model.named_parameters()}
-    state = {name: value.tolist() for name, value in model.state_dict().items()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    everything = snapshot(model)
-    if model.training:  # a norm's buffers were written twice, then
-        everything["buffers"] = None
-    return grads, flags, hooks, state, modes, torch.get_rng_state().tolist(), torch.is_grad_enabled(), everything
-
-
-class Stop(Exception):
-    pass
-
-
-def failing(after: int) -> Callable[[Tensor], Tensor]:
-    """A loss that fails when it is called the `after`-th time."""
-    calls: list[int] = []
-
-    def loss(output: Tensor) -> Tensor:
-        calls.append(1)
-        if len(calls) == after:
-            raise Stop
-        return square(output)
-
-    return loss
 
 
 @pytest.mark.parametrize("failure", ["none", "loss", "later loss", "backward", "batches", "not finite"])
@@ -367,105 +300,3 @@ def test_a_converted_model() -> None:
 
 def test_no_weights_need_no_batches() -> None:
     assert gradient_masks(mlp(), {}, {}, []) == {}
-
-
-def fails(match: str, **changes: Any) -> None:
-    model = mlp()
-    before = surroundings(model)
-    arguments: dict[str, Any] = dict(counts=dict.fromkeys(NAMES, 2), batches=data(), loss=square)
-    arguments |= {"weights": weights_of(model)} | {
-        name: change(model) if name == "weights" else change for name, change in changes.items()
-    }
-    with pytest.raises(ValueError, match=match):
-        gradient_masks(model, **arguments)
-    assert surroundings(model) == before
-
-
-def test_bad_batches() -> None:
-    fails(r"one-shot iterator \(generator\), but 3 passes are needed; give a list", batches=(x for x in data()))
-    fails("one-shot iterator", batches=map(Tensor.clone, data()))
-    fails("at least one batch, got none", batches=[])
-    fails("expected an iterable of batches.*got Tensor", batches=data()[0])
-    fails("expected an iterable of batches.*got dict", batches={"x": data()[0]})
-    fails("expected an iterable of batches.*got NoneType", batches=None)
-
-    class Tired:
-        rest = iter(data())
-
-        def __iter__(self) -> Iterator[Tensor]:
-            return self.rest
-
-    fails("at least one batch, got none", batches=Tired())
-
-    class Shrinking(Tired):
-        left = 4
-
-        def __iter__(self) -> Iterator[Tensor]:
-            self.left -= 1
-            return iter(data(self.left))
-
-    fails("the first pass gave 3 batches, a later one 2", batches=Shrinking())
-
-
-def test_bad_losses() -> None:
-    fails("Tensor.*has no .loss", loss=None)
-    fails("expected a scalar tensor, got a tensor of shape", loss=lambda output: output)
-    fails("expected a scalar tensor, got float", loss=lambda output: 1.0)
-    fails("no batch gives a gradient to 0.weight", loss=lambda output: output.detach().sum())
-
-
-def test_weights_without_a_gradient_are_named() -> None:
-    model = Counting(2, 6).double()
-    model.unused = nn.Linear(2, 2)
-    names = ("layers.0.weight", "unused.weight", "layers.1.weight")
-    with pytest.raises(ValueError, match="no batch gives a gradient to unused.weight: "):
-        gradient_masks(
-            model, weights_of(model, names), dict.fromkeys(names, 2), data(), loss=square, budget_bytes=10**9
-        )
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_bad_weights_and_counts() -> None:
-    fails("score: expected one of.*got 'grad'", score="grad")
-    fails(r"counts: names differ.*\['4.weight'\]", counts={"0.weight": 1, "2.weight": 1})
-    fails("counts: 2.weight: .*0 to 80 entries.*got 81", counts=dict.fromkeys(NAMES, 1) | {"2.weight": 81})
-    fails("4.weight is not a parameter of the model", weights=lambda m: weights_of(m) | {"4.weight": nn.Parameter()})
-    fails(
-        "0.weight and 4.weight are the same", weights=lambda m: weights_of(m) | {"4.weight": m.get_parameter(NAMES[0])}
-    )
-    model = nn.Linear(2, 2)
-    model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="w has dtype torch.uint8"):
-        gradient_masks(model, {"w": model.weight}, {"w": 1}, data(), loss=square)
-
-
-@pytest.mark.parametrize(("tty", "layers", "shown"), [(True, 3, True), (False, 3, False), (True, 1, False)])
-def test_a_bar_where_someone_may_be_looking(
-    tty: bool, layers: int, shown: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-
-    class Bar(list):
-        closed = False
-
-        def close(self) -> None:
-            self.closed = True
-
-    fake = ModuleType("tqdm")
-    fake.tqdm = lambda groups, **_: made.append(Bar(groups)) or made[-1]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tqdm", fake)
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: tty, write=lambda text: None))
-    model, names = mlp(), NAMES[:layers]
-    gradient_masks(model, weights_of(model, names), dict.fromkeys(names, 2), data(), loss=square)
-    assert [bar.closed for bar in made] == [True] * shown
-    made.clear()
-    with pytest.raises(Stop):
-        gradient_masks(model, weights_of(model, names), dict.fromkeys(names, 2), data(), loss=failing(2))
-    assert [bar.closed for bar in made] == [True] * shown
-
-
-def test_no_bar_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True, write=lambda text: None))
-    model = mlp()
-    gradient_masks(model, weights_of(model), dict.fromkeys(NAMES, 2), data(), loss=square)
