@@ -16,6 +16,7 @@ MASK32 = 0xFFFFFFFF
 PERMUTATION_STREAM = 0
 OFFSET_STREAM = 1
 REPLACEMENT_STREAM = 2
+MASK_STREAM = 3  # files hold only the seed of such a mask: never change this one
 
 _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57

@@ -1,0 +1,24 @@
+"""Sparse masks of a weight matrix: how they are chosen, written, compared and fused.
+
+A mask of a matrix with R rows and C columns is `indices`: (K,) int32, strictly ascending flat positions r * C + c. A
+sparse delta is a mask with values (K,).
+"""
+
+from .calibration import gradient_masks
+from .coding import decode_gaps, encode_gaps
+from .fusion import fuse
+from .overlap import awom, awor
+from .random import random_indices
+from .selection import largest, struct_indices
+
+__all__ = [
+    "awom",
+    "awor",
+    "decode_gaps",
+    "encode_gaps",
+    "fuse",
+    "gradient_masks",
+    "largest",
+    "random_indices",
+    "struct_indices",
+]
