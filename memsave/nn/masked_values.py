@@ -172,9 +172,7 @@ class _SparseLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         values, indices = ctx.saved_tensors
-        dx = _sparse_product(
-            as_matrix(dy), values, ctx.masked._replace(indices=indices), ctx.features, backward=True
-        )
+        dx = _sparse_product(as_matrix(dy), values, ctx.masked._replace(indices=indices), ctx.features, backward=True)
         return in_shape(dx, torch.Size((*dy.shape[:-1], ctx.features[0]))), None, None, None, None
 
 

@@ -100,7 +100,9 @@ def _read(source: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
         raise LoadError(f"load_adapter: {source / CONFIG_NAME} is damaged: {error}. {_UNCHANGED}") from error
 
 
-def _from_peft(settings: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+def _from_peft(
+    settings: dict[str, Any], tensors: dict[str, Tensor], source: Path
+) -> tuple[PeftConfig, dict[str, Tensor]]:
     """PEFT's SHIRA: `shira_weight` (K,) and `shira_indices` (2, K) of each layer, in any order."""
     counts: dict[str, int] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -146,7 +148,9 @@ class _Later(dict[str, Tensor]):
             places, values = self.pairs[name]
             rows, columns = layer.weight_shape
             if bool((places < 0).any()) or bool((places.max(1).values >= torch.tensor([rows, columns])).any()):
-                raise LoadError(f"load_adapter: {name}: positions outside of its {rows} x {columns} weight. {_UNCHANGED}")
+                raise LoadError(
+                    f"load_adapter: {name}: positions outside of its {rows} x {columns} weight. {_UNCHANGED}"
+                )
             flat = places[0].long() * columns + places[1].long()
             union, where = flat.unique(return_inverse=True)
             if len(union) != len(flat):

@@ -80,7 +80,9 @@ class AdapterMethod(MethodConfig):
         if self.name in applied_configs(module):
             return []
         if config.target_modules in (None, "all-linear"):
-            return [] if config.target_modules else [f"{self.label}.target_modules: expected names of linears, got None"]
+            return (
+                [] if config.target_modules else [f"{self.label}.target_modules: expected names of linears, got None"]
+            )
         filters = _Filter(target_modules=_names(config.target_modules), exclude_modules=_names(config.exclude_modules))
         found: dict[int, tuple[nn.Module, list[str]]] = {}
         for name, inner in module.named_modules(remove_duplicate=False):
@@ -176,4 +178,3 @@ def _plain(config: PeftConfig) -> dict[str, Any]:
 
 def _names(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, list, tuple)) else value
-

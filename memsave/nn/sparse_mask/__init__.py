@@ -1,11 +1,10 @@
 """Sparse masks of a weight matrix: how they are chosen, written, compared and fused.
 
 A mask of a matrix with R rows and C columns is `indices`: (K,) int32, strictly ascending flat positions r * C + c. A
-sparse delta is a mask with values (K,).
+sparse delta is a mask with values (K,). `elias_fano.py` is the code in which masks are stored.
 """
 
 from .calibration import gradient_masks
-from .coding import decode_gaps, encode_gaps
 from .fusion import fuse
 from .overlap import awom, awor
 from .random import random_indices
@@ -14,8 +13,6 @@ from .selection import largest, struct_indices
 __all__ = [
     "awom",
     "awor",
-    "decode_gaps",
-    "encode_gaps",
     "fuse",
     "gradient_masks",
     "largest",

@@ -26,9 +26,9 @@ def encode(indices: Tensor, numel: int) -> Tensor:
     positions = indices.to("cpu", torch.int64)
     k = positions.shape[0]
     low = _low_bits(k, numel)
-    lower = (positions[:, None] >> torch.arange(low)) & 1  # (K, l)
-    upper = torch.zeros(_high_length(k, numel, low), dtype=torch.bool)
-    upper[(positions >> low) + torch.arange(k)] = True
+    lower = (positions[:, None] >> _arange(low)) & 1  # (K, l)
+    upper = torch.zeros(_high_length(k, numel, low), dtype=torch.bool, device="cpu")
+    upper[(positions >> low) + _arange(k)] = True
     return torch.cat((_packed(lower.flatten().bool()), _packed(upper)))
 
 
@@ -44,15 +44,15 @@ def decode(code: Tensor, k: int, numel: int) -> Tensor:
             f"expected the mask of {k} of {numel} entries as {num_bytes(k, numel)} bytes, got {code.dtype} of shape "
             f"{tuple(code.shape)}"
         )
-    bits = (code.cpu()[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # (bytes, 8)
+    bits = (code.cpu()[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1  # (bytes, 8)
     split = _bytes(k * low)
     lower_bits, upper_bits = bits[:split].flatten(), bits[split:].flatten()
     length = _high_length(k, numel, low)
     upper = upper_bits[:length].nonzero().squeeze(1)
     if upper.shape[0] != k or bool(lower_bits[k * low :].any()) or bool(upper_bits[length:].any()):
         raise ValueError(f"the mask does not hold {k} positions ({upper.shape[0]} found, or stray bits at its end)")
-    lower = (lower_bits[: k * low].view(k, low).long() << torch.arange(low)).sum(1)
-    positions = (upper - torch.arange(k) << low) + lower
+    lower = (lower_bits[: k * low].view(k, low).long() << _arange(low)).sum(1)
+    positions = (upper - _arange(k) << low) + lower
     if k and (bool((positions[1:] <= positions[:-1]).any()) or int(positions[-1]) >= numel):
         raise ValueError(f"the mask's positions are not ascending, or not below {numel}")
     return positions.to(torch.int32)
@@ -68,6 +68,10 @@ def _high_length(k: int, numel: int, low: int) -> int:
 
 def _bytes(bits: int) -> int:
     return (bits + 7) // 8
+
+
+def _arange(n: int) -> Tensor:
+    return torch.arange(n, device="cpu")  # also where another device is the default
 
 
 def _packed(bits: Tensor) -> Tensor:

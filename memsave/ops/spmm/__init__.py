@@ -14,7 +14,9 @@ from . import reference
 
 _op = register(
     "spmm(Tensor x, Tensor values, Tensor indices, int rows, int columns, bool transposed) -> Tensor",
-    fake=lambda x, values, indices, rows, columns, transposed: x.new_empty((x.shape[0], rows if transposed else columns)),
+    fake=lambda x, values, indices, rows, columns, transposed: x.new_empty(
+        (x.shape[0], rows if transposed else columns)
+    ),
     reference=reference,
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
@@ -80,16 +79,15 @@ class SHiRAModel(BaseTuner):
 
     def _code(self, config: SHiRAConfig, layer: SHiRALinear, mask: StoredMask, name: str) -> Tensor:
         """The code of the mask of one layer."""
-        with torch.device("cpu"):
-            if mask.kind == RANDOM:
-                return mask.of_seed(seed_of_layer(config.seed, name))
-            if config.masks == "stored":
-                return mask.unknown()
-            if mask.kind == "struct":
-                return mask.of_indices(struct_indices(layer.weight_shape, mask.count))
-            if mask.kind == "magnitude":
-                return mask.of_indices(largest(layer.held.original_weight().abs(), mask.count))
-            return mask.of_indices(self._chosen[name])
+        if mask.kind == RANDOM:
+            return mask.of_seed(seed_of_layer(config.seed, name))
+        if config.masks == "stored":
+            return mask.unknown()
+        if mask.kind == "struct":
+            return mask.of_indices(struct_indices(layer.weight_shape, mask.count))
+        if mask.kind == "magnitude":
+            return mask.of_indices(largest(layer.held.original_weight().abs(), mask.count))
+        return mask.of_indices(self._chosen[name])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing: values have the dtype that the config says. PEFT would make them float32."""
@@ -160,7 +158,14 @@ def check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
         mask = layer.stored_masks[adapter_name]
         prefixes = {name, name.removeprefix("base_model.model."), f"base_model.model.{name}"}
         values, code = (
-            next((state_dict[key] for p in prefixes if (key := f"{p}.memsave_shira_{part}.{adapter_name}") in state_dict), None)
+            next(
+                (
+                    state_dict[key]
+                    for p in prefixes
+                    if (key := f"{p}.memsave_shira_{part}.{adapter_name}") in state_dict
+                ),
+                None,
+            )
             for part in ("values", "mask")
         )
         if values is None or code is None:

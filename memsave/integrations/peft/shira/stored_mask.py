@@ -42,7 +42,7 @@ class StoredMask:
 
     def of_seed(self, seed: int) -> Tensor:
         """The code of the random mask of a seed in [1, 2^63)."""
-        return torch.tensor([seed], dtype=torch.int64).view(torch.uint8)
+        return torch.tensor([seed], dtype=torch.int64, device="cpu").view(torch.uint8)
 
     def of_indices(self, indices: Tensor) -> Tensor:
         """The code of a mask of any other kind, given its entries (K,), ascending."""
@@ -51,7 +51,7 @@ class StoredMask:
 
     def unknown(self) -> Tensor:
         """What stands for a mask that is yet to be loaded."""
-        return torch.zeros(self.num_bytes, dtype=torch.uint8)
+        return torch.zeros(self.num_bytes, dtype=torch.uint8, device="cpu")
 
     def indices(self, code: Tensor) -> Tensor:
         """The entries (K,) int32, ascending, on the CPU.
@@ -74,7 +74,7 @@ def _checksum(code: Tensor) -> Tensor:
     """CRC-32 of bytes on the CPU, as 4 bytes."""
     code = code.contiguous()
     data = (ctypes.c_char * code.numel()).from_address(code.data_ptr()) if code.numel() else b""
-    return torch.tensor(list(zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "little")), dtype=torch.uint8)
+    return torch.tensor(list(zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "little")), dtype=torch.uint8, device="cpu")
 
 
 def seed_of_layer(seed: int, name: str) -> int:
