@@ -1,7 +1,7 @@
 """Some entries of the product of two dense matrices: a sampled dense-dense matrix multiplication (SDDMM).
 
-N tokens, an R x C matrix of which K entries are wanted. With a = dy and b = x it is the gradient of the masked entries of
-a linear layer's weight; the rest of that gradient is never there.
+N tokens, an R x C matrix of which K entries are wanted. With a = dy and b = x it is the gradient of the masked entries
+of a linear layer's weight; the rest of that gradient is never there.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ def arguments(n: int, r: int, c: int, k: int, dtype: torch.dtype = torch.float32
 _SHAPES = {  # N, R, C, K
     "odd": (37, 19, 23, 45),
     "even": (64, 32, 48, 128),
+    "few": (37, 61, 67, 25),
     "one_token": (1, 5, 7, 9),
     "one_row": (21, 1, 33, 17),
     "one_column": (21, 33, 1, 17),
@@ -57,7 +58,10 @@ _SHAPES = {  # N, R, C, K
 
 def _cases_of_dtype(dtype: torch.dtype) -> list[OpCase]:
     cases = [OpCase(SPEC, f"{name}_{short(dtype)}", arguments(*sizes, dtype)) for name, sizes in _SHAPES.items()]
-    return [*cases, OpCase(SPEC, f"many_{short(dtype)}", arguments(700, 130, 270, 1700, dtype), large=True)]
+    large = {"many": (700, 130, 270, 1700), "long": (2101, 41, 35, 8)}
+    return cases + [
+        OpCase(SPEC, f"{name}_{short(dtype)}", arguments(*large[name], dtype), large=True) for name in large
+    ]
 
 
 def _first_and_last() -> tuple[Any, ...]:
@@ -75,6 +79,14 @@ def _transposed() -> tuple[Any, ...]:
     return matrix(24, 40).t(), matrix(19, 40, value=5).t(), row_indices(24 * 19, 60)
 
 
+def _few_transposed() -> tuple[Any, ...]:
+    return matrix(62, 48)[:, :39].t(), matrix(45, 39, value=5).t(), row_indices(62 * 45, 17)
+
+
+def _few_strided() -> tuple[Any, ...]:
+    return strided(matrix(35, 60)), strided(matrix(35, 58, value=5)), strided(row_indices(60 * 58, 24))
+
+
 def _column_slices() -> tuple[Any, ...]:
     return matrix(33, 60)[:, 5:45], matrix(33, 50, value=5)[:, 3:38], row_indices(40 * 35, 99)
 
@@ -87,13 +99,13 @@ def _expanded() -> tuple[Any, ...]:
     return matrix(1, 20).expand(19, 20), matrix(19, 1, value=5).expand(19, 18), row_indices(20 * 18, 33)
 
 
-# Several tiles of tokens with and without a remainder, rows in several blocks, and more columns than the kernels take
-# at once.
+# Several tiles of tokens, rows in several blocks, and more columns than the C++ kernel takes at once. So few entries as
+# in "few" and "long" the Triton kernel sums one by one, in "long" over two chunks of tokens.
 LARGE = {
     "tiles": (1024, 70, 45, 400),
     "tiles_and_one": (513, 70, 45, 400),
     "wide": (40, 9, 9000, 700),
-    "tall": (40, 3000, 11, 700),
+    "tall": (40, 3000, 11, 1700),
     "dense": (300, 100, 110, 11000),
 }
 
@@ -102,6 +114,8 @@ CASES = [
     OpCase(SPEC, "first_and_last", _first_and_last),
     OpCase(SPEC, "full_rows", _full_rows),
     OpCase(SPEC, "transposed", _transposed),
+    OpCase(SPEC, "few_transposed", _few_transposed),
+    OpCase(SPEC, "few_strided", _few_strided),
     OpCase(SPEC, "column_slices", _column_slices),
     OpCase(SPEC, "strided", _strided),
     OpCase(SPEC, "expanded", _expanded),
