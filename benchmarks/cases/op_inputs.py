@@ -21,6 +21,7 @@ from .op_case import Inputs, in_fp64
 
 KEEP_RATIO = 0.3
 CHECKED_ROWS = 64
+GATHERED_ENTRIES = 1024
 
 
 def _generator(device: str, seed: int = 0) -> torch.Generator:
@@ -49,6 +50,27 @@ def matrices(device: str, N: int, D: int, O: int, dtype: torch.dtype) -> Inputs:
     seed = torch.tensor(N, device=device)
     rows, scale = draw(x=x, seed=seed)
     return {"x": x, "dy": dy, "seed": seed, "rows": rows, "scale": scale, "kept": ops.gather_rows(x, rows)}
+
+
+def masked_entries(device: str, N: int, R: int, C: int, dtype: torch.dtype, density: float) -> Inputs:
+    """a (N, R) and b (N, C), and a share of the entries of their R x C product: indices (K,), drawn from all."""
+    generator = _generator(device)
+    a = torch.randn(N, R, generator=generator, device=device, dtype=dtype)
+    b = torch.randn(N, C, generator=generator, device=device, dtype=dtype)
+    drawn = torch.randperm(R * C, generator=generator, device=device)[: round(density * R * C)]
+    return {"a": a, "b": b, "indices": drawn.sort().values.to(torch.int32)}
+
+
+def entries_of_dense(a: Tensor, b: Tensor, indices: Tensor, **_: Any) -> Tensor:
+    """The dense product, then its entries."""
+    return (a.t() @ b).view(-1)[indices]
+
+
+def products_of_columns(a: Tensor, b: Tensor, indices: Tensor, **_: Any) -> Tensor:
+    """The two columns of each entry gathered, some entries at a time: those of all would take gigabytes."""
+    rows, columns = indices // b.shape[1], indices % b.shape[1]
+    parts = zip(rows.split(GATHERED_ENTRIES), columns.split(GATHERED_ENTRIES), strict=True)
+    return torch.cat([(a[:, r] * b[:, c]).sum(0) for r, c in parts])
 
 
 def rows_of(device: str, N: int, D: int, dtype: torch.dtype) -> Inputs:

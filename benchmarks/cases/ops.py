@@ -28,17 +28,20 @@ from .op_inputs import (
     check_sampled_weight_gradient,
     dense,
     draw,
+    entries_of_dense,
     functional_layer_norm,
     functional_norm,
     gather,
     layer_norm_inputs,
     logit_inputs,
+    masked_entries,
     masked_inputs,
     matrices,
     multinomial,
     native_layer_norm_backward,
     norm_inputs,
     product,
+    products_of_columns,
     row_weights,
     rows_of,
     sampled_weight_gradient,
@@ -73,6 +76,7 @@ _LOGIT_SIZES = {
     "cpu": _nv((512, 32000, FP32), (512, 32000, BF16)),
     "cuda": _nv((4096, 128256, BF16), (4096, 128256, FP32)),
 }
+_nrc = sizes("N", "R", "C", "dtype", "density")
 _TINY_NV = {"sizes": {device: _nv((64, 96, FP32), (64, 96, BF16)) for device in ("cpu", "cuda")}}
 
 OP_CASES: tuple[OpCase, ...] = (
@@ -108,6 +112,26 @@ OP_CASES: tuple[OpCase, ...] = (
             "cuda": _ndo((16384, 2048, 8192, BF16), (8192, 4096, 16, BF16), (8192, 1024, 1024, FP32)),
         },
         tiny=_TINY_MATRICES,
+    ),
+    for_op(
+        "sddmm",
+        plain=entries_of_dense,
+        peers={"dense product, then its entries": entries_of_dense, "columns of each entry": products_of_columns},
+        title="some entries of a weight gradient, a share of `density` of them",
+        inputs=masked_entries,
+        sizes={
+            "cpu": _nrc(
+                *((2048, 2048, 2048, dtype, density) for dtype in (FP32, BF16) for density in (0.01, 0.05)),
+                *((4096, 3072, 768, dtype, 0.01) for dtype in (FP32, BF16)),
+            ),
+            "cuda": _nrc(
+                *((8192, 4096, 4096, dtype, density) for dtype in (BF16, FP32) for density in (0.001, 0.01, 0.05)),
+                (16384, 14336, 4096, BF16, 0.01),
+            ),
+        },
+        tiny={
+            "sizes": {device: _nrc((256, 48, 32, FP32, 0.02), (256, 48, 32, BF16, 0.1)) for device in ("cpu", "cuda")}
+        },
     ),
     for_op(
         "gather_rows",

@@ -1,7 +1,7 @@
 """The tile lists of the Triton kernels as cases: every tile at several shapes, beside torch's own way.
 
 The tiles that the kernels choose among come first, then others worth trying. `make gpu PART=tune` runs them. Where
-another tile wins, it belongs in CONFIGS of memsave/ops/sampled_matmul/triton.py.
+another tile wins, it belongs in CONFIGS of memsave/ops/sampled_matmul/triton.py, or in the constants of the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from memsave import ops
 from tests.harness import assert_same, assert_within_budget
 
 from .op_case import Contender, OpCase, in_fp64, sizes
-from .op_inputs import dense, gather, matrices, product, rows_of, written_product
+from .op_inputs import (
+    dense,
+    entries_of_dense,
+    gather,
+    masked_entries,
+    matrices,
+    product,
+    rows_of,
+    written_product,
+)
 from .ops import BF16, FP32
 
 # BLOCK_O, BLOCK_D, BLOCK_K, warps, stages
@@ -38,7 +47,19 @@ MORE_MATMUL_TILES = (
 )
 # TILE_ELEMENTS, MAX_BLOCK_D
 GATHER_TILES = ((4096, 1024), (2048, 512), (2048, 1024), (2048, 2048), (4096, 2048), (8192, 1024), (8192, 2048))
+# BLOCK_ENTRIES, BLOCK_TOKENS, WARPS; and from which density on blocks of the product are made instead: never or always.
+SDDMM_TILES = (
+    (32, 128, 4),
+    (16, 64, 1),
+    (16, 128, 2),
+    (16, 256, 4),
+    (32, 64, 2),
+    (32, 256, 8),
+    (64, 64, 4),
+    (64, 128, 8),
+)
 _matmul_sizes, _gather_sizes = sizes("N", "D", "O", "dtype"), sizes("N", "D", "dtype")
+_sddmm_sizes = sizes("N", "R", "C", "dtype", "density")
 
 
 @contextmanager
@@ -73,6 +94,23 @@ def gather_tile(elements: int, max_block: int) -> Iterator[None]:
     """`gather_rows` with tiles of so many elements, and at most so many of them from one row."""
     triton = import_module("memsave.ops.gather_rows.triton")
     with changed(triton, TILE_ELEMENTS=elements, MAX_BLOCK_D=max_block):
+        yield
+
+
+@contextmanager
+def sddmm_tile(entries: int, tokens: int, warps: int) -> Iterator[None]:
+    """`sddmm` that sums entry by entry at any density, so many of them in a program, so many tokens at once."""
+    triton = import_module("memsave.ops.sddmm.triton")
+    tile = {"BLOCK_ENTRIES": entries, "BLOCK_TOKENS": tokens, "WARPS": warps}
+    with changed(triton, DENSE_FROM=dict.fromkeys(triton.DENSE_FROM, 2.0), **tile):
+        yield
+
+
+@contextmanager
+def sddmm_blocks() -> Iterator[None]:
+    """`sddmm` that takes entries from blocks of the product at any density."""
+    triton = import_module("memsave.ops.sddmm.triton")
+    with changed(triton, DENSE_FROM=dict.fromkeys(triton.DENSE_FROM, 0.0)):
         yield
 
 
@@ -114,6 +152,14 @@ def gathered_product(dy: torch.Tensor, kept: torch.Tensor, rows: torch.Tensor, s
 
 def check_product(**inputs: Any) -> None:
     assert_within_budget(product(**inputs), written_product(**in_fp64(inputs)), written_product(**inputs))
+
+
+def entries(a: torch.Tensor, b: torch.Tensor, indices: torch.Tensor, **_: Any) -> Any:
+    return ops.sddmm(a, b, indices)
+
+
+def check_entries(**inputs: Any) -> None:
+    assert_within_budget(entries(**inputs), entries_of_dense(**in_fp64(inputs)), entries_of_dense(**inputs))
 
 
 def check_gather(**inputs: Any) -> None:
@@ -164,5 +210,24 @@ def tile_cases() -> tuple[OpCase, ...]:
                 )
             },
             tiny={"sizes": {device: _gather_sizes((256, 32, FP32)) for device in ("cpu", "cuda")}},
+        ),
+        OpCase(
+            name="tiles_sddmm",
+            title="tiles (entries x tokens x warps; * is the kernel's) of sddmm, beside blocks of the product",
+            devices=("cpu", "cuda"),
+            inputs=masked_entries,
+            contenders=(
+                Contender(name="dense product, then its entries", call=entries_of_dense),
+                Contender(name="blocks of the product", call=entries, within=sddmm_blocks, devices=("cuda",)),
+                *_tiles([SDDMM_TILES[0]], SDDMM_TILES, sddmm_tile, entries),
+            ),
+            check=check_entries,
+            sizes={
+                "cuda": _sddmm_sizes(
+                    *((8192, 4096, 4096, dtype, density) for dtype in (BF16, FP32) for density in (0.001, 0.01, 0.05)),
+                    (16384, 14336, 4096, BF16, 0.005),
+                )
+            },
+            tiny={"sizes": {device: _sddmm_sizes((256, 48, 32, FP32, 0.02)) for device in ("cpu", "cuda")}},
         ),
     )

@@ -25,6 +25,7 @@ from .rms_norm import rms_norm
 from .rms_norm_backward import rms_norm_backward
 from .row_inclusion import row_inclusion
 from .sampled_matmul import sampled_matmul
+from .sddmm import sddmm
 from .spmm import spmm
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "rms_norm_backward",
     "row_inclusion",
     "sampled_matmul",
+    "sddmm",
     "serving",
     "spmm",
     "use_backend",

@@ -14,7 +14,7 @@ import torch
 
 from memsave.ops import _native
 from tests.cases.ops import CASES, cases_of
-from tests.cases.ops.inputs import inclusion, log_normal, matrix, scales, seed
+from tests.cases.ops.inputs import inclusion, log_normal, matrix, row_indices, scales, seed
 from tests.harness import has_kernel, implementation
 
 
@@ -43,6 +43,11 @@ def run(op: str) -> None:
         for outside in (-1, 6, 2**31 - 1, -(2**31)):
             rows = torch.tensor([0, outside], dtype=torch.int32)
             must_refuse(launch, matrix(6, 4), *([matrix(2, 3)] if op == "sampled_matmul" else []), rows, scales(2))
+    if op == "sddmm":
+        for tokens in [*range(1, 34), 255, 256, 257, 272]:  # every remainder of a square and of a tile
+            launch(matrix(tokens, 33), matrix(tokens, 17), row_indices(33 * 17, 40))
+        for wrong in ([0, -1], [0, 24], [-1, 0], [3, 3], [5, 4], [0, 2**31 - 1]):
+            must_refuse(launch, matrix(6, 4), matrix(6, 6), torch.tensor(wrong, dtype=torch.int32))
 
 
 def main(library: str, *ops: str) -> None:

@@ -21,6 +21,7 @@ from tests.cases.ops.inputs import (
     scales,
     seed,
     short,
+    strided,
 )
 from tests.ops.allocations import peak_inside_bytes
 
@@ -113,7 +114,25 @@ def layer_norm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found
 
 
-CALLS = calls() | norm_calls() | layer_norm_calls() | bit_calls() | logit_calls()
+def sddmm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every dtype; products in one block and in several, operands that need a copy, and few and many entries."""
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for dtype in FLOATS:
+        if dtype != torch.bfloat16:  # as above
+            for r, c, k in ((96, 300, 50), (96, 300, 20_000), (600, 40, 700), (70, 40_000, 900)):
+                args = matrix(300, r, dtype), matrix(300, c, dtype, value=5), row_indices(r * c, k)
+                found[f"sddmm-{r}-{c}-{k}-{short(dtype)}"] = "sddmm", args
+            a, b, indices = matrix(300, 96, dtype), matrix(300, 80, dtype, value=5), row_indices(96 * 80, 99)
+            found[f"sddmm-transposed-{short(dtype)}"] = "sddmm", (a.t().contiguous().t(), b, indices)
+            found[f"sddmm-strided-{short(dtype)}"] = "sddmm", (strided(a), strided(b), strided(indices))
+            found[f"sddmm-expanded-{short(dtype)}"] = (
+                "sddmm",
+                (a[:1].expand(300, 96), b[:, :1].expand(300, 80), indices),
+            )
+    return found
+
+
+CALLS = sddmm_calls() | calls() | norm_calls() | layer_norm_calls() | bit_calls() | logit_calls()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -179,6 +179,24 @@ def logit_builds() -> list[Build]:
     return builds
 
 
+def sddmm_builds() -> list[Build]:
+    """Sums in the dtype of the operands, and in fp32 between chunks; blocks of the product in every dtype."""
+    sddmm = kernels_of("sddmm")
+    builds = []
+    for dtype, first in [("fp16", True), ("bf16", False), ("fp32", False)]:
+        types = {"a": f"*{dtype}", "b": f"*{dtype}", "indices": "*i32", "before": "*fp32", "out": f"*{dtype}"}
+        types |= dict.fromkeys(("N", "C", "K", "stride_a_r", "stride_b_c"), "i32")
+        constants = {"stride_index": 1, "HAS_BEFORE": not first}
+        constants |= {"BLOCK_ENTRIES": sddmm.BLOCK_ENTRIES, "BLOCK_TOKENS": sddmm.BLOCK_TOKENS}
+        multiples, options = ("N", "C", "stride_a_r", "stride_b_c"), {"num_warps": sddmm.WARPS}
+        builds.append(Build(f"sddmm_sum_{dtype}", sddmm.sum_kernel, types, constants, multiples, options))
+    for dtype in ("fp16", "bf16", "fp32", "fp64"):
+        types = {"block": f"*{dtype}", "indices": "*i32", "out": f"*{dtype}", "FIRST": "i32", "LAST": "i32", "K": "i32"}
+        constants = {"stride_index": 1, "BLOCK": sddmm.BLOCK_TAKEN}
+        builds.append(Build(f"sddmm_take_{dtype}", sddmm.take_kernel, types, constants))
+    return builds
+
+
 BUILDS = [
     *integer_builds(),
     *gather_builds(),
@@ -187,4 +205,5 @@ BUILDS = [
     *activation_builds(),
     *bit_builds(),
     *logit_builds(),
+    *sddmm_builds(),
 ]

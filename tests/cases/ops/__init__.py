@@ -29,10 +29,11 @@ from . import (
     rms_norm_backward,
     row_inclusion,
     sampled_matmul,
+    sddmm,
 )
 
 _TABLES = (
-    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul),
+    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, sddmm),
     *(rms_norm, rms_norm_backward, layer_norm, layer_norm_backward),
     *(activation, activation_backward, gated_activation, gated_activation_backward),
     *(pack_bits, masked_scale, logit_statistics, logit_statistics_backward),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memsave.ops.philox import row_words
-from tests.cases.ops import SPECS, sampled_matmul
+from tests.cases.ops import SPECS, sampled_matmul, sddmm
 from tests.harness import OpCase, assert_same, implementation
 
 from .kernels import KERNEL_CASES, interpret
@@ -25,6 +25,32 @@ def test_sliced_cases_are_sliced() -> None:
         dy, kept, rows, scale = case.make()
         assert module.slices(rows.numel(), dy.shape[1], kept.shape[1]) == 2
         assert module.workspace_bytes(dy, kept, rows, scale) == 2 * 5 * 9 * 4
+
+
+def test_sddmm_cases_take_both_forms() -> None:
+    """Entries that are summed, over one chunk of tokens or two, and that are taken from one block or several."""
+    module = import_module("memsave.ops.sddmm.triton")
+    found = set()
+    for case in KERNEL_CASES:
+        if case.op == "sddmm":
+            a, b, indices = case.make()
+            if module.is_dense(a, b, indices):
+                found.add((a.dtype, "blocks", min(2, -(-a.shape[1] // module.block_rows(a, b)))))
+            else:
+                found.add((a.dtype, "chunks", min(2, -(-a.shape[0] // module.chunk_tokens(a, b)))))
+    for dtype in (torch.float16, torch.float32):
+        assert found >= {(dtype, "blocks", 1), (dtype, "chunks", 1), (dtype, "chunks", 2)}
+    assert (torch.float32, "blocks", 2) in found
+
+
+@pytest.mark.parametrize("entries, tokens", [(16, 64), (64, 64), (16, 256), (32, 256)])
+def test_every_sddmm_tile(entries: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile that benchmarks/cases/tiles.py tries on a GPU."""
+    module = import_module("memsave.ops.sddmm.triton")
+    monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(module, "BLOCK_TOKENS", tokens)
+    make = sddmm.arguments(2200, 61, 67, 25)
+    interpret(OpCase(SPECS["sddmm"], f"tile_{entries}_{tokens}", make), module.launch)
 
 
 @pytest.mark.parametrize("tile", range(3))
