@@ -211,7 +211,7 @@ def _merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if layer is None:
             yield key, value.detach()
         elif key == f"{layer}.base_layer.weight":
-            yield f"{layer}.weight", layers[layer].merged_weight()  # type: ignore[operator]
+            yield f"{layer}.weight", layers[layer].merged_weight()
         elif key.startswith(f"{layer}.base_layer."):
             yield key.replace(f"{layer}.base_layer.", f"{layer}."), value.detach()
 
@@ -247,6 +247,8 @@ def _export_peft(model: nn.Module, base: nn.Module, target: Path, name: str | No
     save_file(tensors, target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     from peft import ShiraConfig
 
-    ours = model.peft_config[name]  # type: ignore[index, union-attr]
+    ours = getattr(model, "peft_config", {})[name]
     targets = [path for path, _ in layers]
-    ShiraConfig(r=r, target_modules=targets, task_type=ours.task_type, inference_mode=True).save_pretrained(str(target))
+    ShiraConfig(
+        r=r, target_modules=targets, task_type=getattr(ours, "task_type", None), inference_mode=True
+    ).save_pretrained(str(target))

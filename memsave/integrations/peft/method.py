@@ -1,4 +1,4 @@
-"""PEFT adapters as methods of `convert_model`: put into the model in place, and merged or dropped by `restore_model`."""
+"""PEFT adapters as methods of `convert_model`: put into the model in place, merged or dropped by `restore_model`."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class AdapterMethod(MethodConfig):
         self._inject(module)
         if hasattr(module, "_hf_peft_config_loaded"):
             # What transformers' add_adapter does, which refuses some versions of PEFT that serve as well.
-            module._hf_peft_config_loaded = True
+            module.__dict__["_hf_peft_config_loaded"] = True
             for layer in (m for m in module.modules() if isinstance(m, BaseTunerLayer)):
                 layer.set_adapter(ADAPTER)
         module.__dict__["_memsave_before_adapters"] = (trained, loaded)

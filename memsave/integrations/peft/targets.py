@@ -49,14 +49,14 @@ def refuse(problems: list[str], label: str) -> None:
 def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter out of `model`; layers of memsave that have no other give way to the modules that they wrap."""
     for parent in list(model.modules()):
-        for name, layer in list(parent._modules.items()):
+        for name, child in list(parent._modules.items()):
+            layer: Any = child
             if not hasattr(layer, "unload_and_optionally_merge_module"):
                 continue
-            if adapter_name in layer._all_available_adapter_names():  # type: ignore[union-attr]
+            if adapter_name in layer._all_available_adapter_names():
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # PEFT says which adapter is active then
-                    layer.delete_adapter(adapter_name)  # type: ignore[union-attr, operator]
-            if not layer._all_available_adapter_names():  # type: ignore[union-attr]
-                base = layer.unload_and_optionally_merge_module(False, False, None)  # type: ignore[union-attr, operator]
-                setattr(parent, name, base)
+                    layer.delete_adapter(adapter_name)
+            if not layer._all_available_adapter_names():
+                setattr(parent, name, layer.unload_and_optionally_merge_module(False, False, None))
     getattr(model, "peft_config", {}).pop(adapter_name, None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -45,6 +45,11 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
         "keep",
         "stored_masks",
     )
+
+    if TYPE_CHECKING:
+        active_adapters: list[str]
+
+        def get_base_layer(self) -> Any: ...
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -279,7 +284,7 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self.held.revive(self)
 
 
@@ -305,20 +310,20 @@ def _after_load(layer: SHiRALinear, _: Any) -> None:
     layer.held.sync()
 
 
-def linear_features(linear: nn.Module) -> tuple[int, int]:
+def linear_features(linear: Any) -> tuple[int, int]:
     """(D, O) of a linear or a Conv1D, whatever its weight is stored as."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
-    return linear.nx, linear.nf  # type: ignore[return-value]
+    return linear.nx, linear.nf
 
 
-def weight_shape(linear: nn.Module) -> tuple[int, int]:
+def weight_shape(linear: Any) -> tuple[int, int]:
     """The shape of the weight as it would be stored dense: (O, D), or (D, O) for Conv1D."""
     inputs, outputs = linear_features(linear)
     return (outputs, inputs) if isinstance(linear, nn.Linear) else (inputs, outputs)
 
 
-def _values_dtype(linear: nn.Module) -> torch.dtype:
+def _values_dtype(linear: Any) -> torch.dtype:
     weight = linear.weight
     if weight.is_floating_point():
         return weight.dtype

@@ -1,4 +1,4 @@
-"""The SHiRA tuner: finds the targets, checks all of them before it touches one, chooses the masks, wraps the linears."""
+"""The SHiRA tuner: checks all targets before it touches one, chooses the masks, wraps the linears."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class SHiRAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None:
             raise ValueError(
-                "SHiRAConfig.target_modules: expected names of linears, a regular expression or 'all-linear', got None. "
-                f"{_UNCHANGED}"
+                "SHiRAConfig.target_modules: expected names of linears, a regular expression or 'all-linear', got "
+                f"None. {_UNCHANGED}"
             )
         return peft_config
 
@@ -43,14 +43,12 @@ class SHiRAModel(BaseTuner):
         if peft_config.mask in CALIBRATED and peft_config.masks == "select":
             self._chosen = self._calibrated(peft_config, model, targets_of(peft_config, model, SHiRALinear))
 
-    def _calibrated(
-        self, config: SHiRAConfig, model: nn.Module, targets: list[tuple[str, nn.Module]]
-    ) -> dict[str, Tensor]:
+    def _calibrated(self, config: SHiRAConfig, model: nn.Module, targets: list[tuple[str, Any]]) -> dict[str, Tensor]:
         linears = {name: m.get_base_layer() if isinstance(m, SHiRALinear) else m for name, m in targets}
         weights = {name: linear.weight for name, linear in linears.items()}
         counts = {name: config.num_values(name, weight_shape(linear)) for name, linear in linears.items()}
         return gradient_masks(
-            model, weights, counts, config.calibration, loss=config.calibration_loss, score=config.mask
+            model, weights, counts, config.calibration or (), loss=config.calibration_loss, score=config.mask
         )
 
     def _create_and_replace(
@@ -112,16 +110,17 @@ def problems(config: SHiRAConfig, model: nn.Module) -> list[str]:
     ]
     if config.mask in CALIBRATED and config.masks == "select" and config.calibration is None:
         found.append(
-            f"SHiRAConfig.calibration: a {config.mask} mask is chosen by gradients; expected a list of batches, got None"
+            f"SHiRAConfig.calibration: a {config.mask} mask is chosen by gradients; expected a list of batches, "
+            "got None"
         )
     return found
 
 
-def why_not(config: SHiRAConfig, name: str, module: nn.Module, model: nn.Module) -> str | None:
+def why_not(config: SHiRAConfig, name: str, module: Any, model: nn.Module) -> str | None:
     """Say in words why `module`, which `model` has under `name`, cannot be adapted, or return None."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, SHiRALinear):
         return f"it carries an adapter of another kind ({type(module).__name__})"
-    linear = module.get_base_layer() if isinstance(module, SHiRALinear) else module
+    linear: Any = module.get_base_layer() if isinstance(module, SHiRALinear) else module
     if not is_linear(linear):
         return f"expected an nn.Linear or Conv1D, got {type(linear).__name__}"
     if not isinstance(module, SHiRALinear) and (reason := why_not_in_place(linear)):
@@ -180,7 +179,8 @@ def check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise LoadError(
-            f"SHiRA: the file does not fit adapter {adapter_name!r}: {'; '.join(problems[:3])}{more}. Nothing was loaded."
+            f"SHiRA: the file does not fit adapter {adapter_name!r}: {'; '.join(problems[:3])}{more}. "
+            "Nothing was loaded."
         )
 
 

@@ -1,8 +1,8 @@
 """Which entries a layer trains, as it is stored: the seed of a random mask, or the code of any other.
 
 The code is a buffer of fixed length, so that a checkpoint's shapes are known before it is read: 8 bytes for a random
-mask, else about 1.1 bytes for each value at 1% (`nn/sparse_mask/elias_fano.py`) and 4 bytes of checksum, without which a
-damaged code could be that of another mask. A code of zeros stands for a mask that is yet to be loaded.
+mask, else about 1.1 bytes for each value at 1% (`nn/sparse_mask/elias_fano.py`) and 4 bytes of checksum, without which
+a damaged code could be that of another mask. A code of zeros stands for a mask that is yet to be loaded.
 """
 
 from __future__ import annotations
