@@ -31,12 +31,9 @@ class _Bottleneck(torch.autograd.Function):
             h = as_matrix(x).to(y.dtype) @ a.to(y.dtype)  # (N, r)
             scaled = h @ (alpha * s).to(y.dtype)
             b = _rows(segments, y.dtype)
-            if in_place:
-                as_matrix(y).addmm_(scaled, b)
-                ctx.mark_dirty(y)
-                out = y
-            else:
-                out = in_shape(torch.addmm(as_matrix(y), scaled, b), y.shape)
+            flat = as_matrix(y)
+            # Not marked dirty: y may be a view (of the output of addmm), and nobody looks at it again.
+            out = in_shape(flat.addmm_(scaled, b) if in_place else torch.addmm(flat, scaled, b), y.shape)
         ctx.alpha, ctx.x_shape, ctx.x_dtype = alpha, x.shape, x.dtype
         needs_h = ctx.needs_input_grad[3] or any(ctx.needs_input_grad[6:])
         ctx.save_for_backward(h if needs_h else None, a if ctx.needs_input_grad[1] else None, s, *segments)
@@ -87,11 +84,11 @@ def _segment_grads(
 def add_bottleneck(
     y: Tensor, x: Tensor, a: Tensor, s: Tensor, segments: Sequence[Tensor], alpha: float, *, own_y: bool
 ) -> Tensor:
-    """y + alpha * ((x A) S) B, keeping x A alone; added into y itself where `own_y` says that nobody else holds it.
+    """y + alpha * ((x A) S) B, keeping x A alone; written into y's memory where `own_y` says that nobody holds y.
 
     Args: y (..., O), x (..., D), A (D, r), S (r, r), segments of B (rows, O). Second derivatives raise RuntimeError.
     """
-    return _Bottleneck.apply(y, x, a, s, alpha, own_y and _writable(y), *segments)
+    return _Bottleneck.apply(y, x, a, s, alpha, own_y and y.is_contiguous(), *segments)
 
 
 def add_bottleneck_plain(
@@ -106,8 +103,3 @@ def add_bottleneck_plain(
 def is_ordinary(y: object) -> bool:
     """Whether `y` is a tensor with values of its own (or a fake one), not a subclass that must see every operator."""
     return type(y) in (Tensor, nn.Parameter) or isinstance(y, FakeTensor)
-
-
-def _writable(y: Tensor) -> bool:
-    """Whether adding into y (..., O) neither fails nor shows: not a view, not a leaf that trains, one dense block."""
-    return not y._is_view() and y.is_contiguous() and not (y.is_leaf and y.requires_grad)
