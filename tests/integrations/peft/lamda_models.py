@@ -57,13 +57,15 @@ def layers(model: nn.Module) -> list[LaMDALinear]:
 
 
 @torch.no_grad()
-def learn(model: nn.Module, seed: int = 1) -> None:
+def learn(model: nn.Module, seed: int = 1, *, only_what_trains: bool = False) -> None:
     """Give S and B of every adapter values, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for layer in layers(model):
         for name, s in layer.memsave_lamda_S.items():
             s.copy_(torch.randn(s.shape, generator=generator) * 0.1)
             for segment in layer.segments(name):
+                if only_what_trains and not segment.requires_grad:
+                    continue
                 segment.add_(torch.randn(segment.shape, generator=generator).to(segment.dtype) * 0.01)
 
 

@@ -74,14 +74,14 @@ def why_not_same(stored: Tensor, own: Tensor, weight: Tensor | None, *, compare_
     if shape != own[2:4].tolist():
         return f"the base weight had shape {shape}, here it has {own[2:4].tolist()}"
     dtype, here = DTYPES[code], DTYPES[int(own[1])]
-    hashed = own[4:HEAD]
+    same = torch.equal(stored[4:HEAD], own[4:HEAD])
     if dtype != here:
         narrow = None if weight is None else weight.to(dtype)
-        if narrow is None or weight is None or not torch.equal(narrow.to(here), weight):
-            return f"the base weight was {dtype}, here it is {here} with other values; load the model in {dtype}"
-        hashed = weight_hash(narrow).cpu().view(torch.int32)
-    if not torch.equal(stored[4:HEAD], hashed):
-        return "the base weight has other values than the one that the adapter was trained on; load that base model"
+        same = narrow is not None and torch.equal(narrow.to(here), weight)  # type: ignore[arg-type]
+        same = same and torch.equal(stored[4:HEAD], weight_hash(narrow).cpu().view(torch.int32))  # type: ignore[arg-type]
+    if not same:
+        types = "" if dtype == here else f", and was {dtype}, here it is {here}"
+        return f"the base weight has other values than the one that the adapter was made for{types}; load that base model"
     difference = (stored[HEAD:].view(torch.float32) - own[HEAD:].view(torch.float32)).abs()
     if compare_sketch and not bool((difference <= SKETCH_TOLERANCE).all()):
         return (

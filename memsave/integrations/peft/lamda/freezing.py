@@ -9,7 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -68,7 +68,7 @@ class LaMDAFreezer:
             optimizer.state.pop(parameter, None)
         return len(frozen)
 
-    def _freeze(self, layer: LaMDALinear, step: int) -> list[nn.Parameter]:
+    def _freeze(self, layer: LaMDALinear, step: int) -> list[Tensor]:
         return [
             parameter
             for name, rank in layer.r.items()

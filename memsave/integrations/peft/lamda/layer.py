@@ -1,8 +1,8 @@
 """The layer that LaMDA puts around a linear: the base layer as it was, and A, S and B of each adapter.
 
 x is (..., D), N rows; y (..., O); A (D, r) is a buffer that is not saved, S (r, r) a Parameter, B (r, O) up to 8
-Parameters: segments of rows, from the largest singular value on. Those that the schedule has frozen stay frozen,
-whatever PEFT does.
+Parameters: segments of rows, from the largest singular value on; or buffers, where only S trains. Those that the
+schedule has frozen stay frozen, whatever PEFT does.
 """
 
 from __future__ import annotations
@@ -46,16 +46,6 @@ def segment_ends(rank: int) -> list[int]:
     """Where the segments of B's rows end: up to 8 of nearly equal size."""
     count = min(rank, MAX_SEGMENTS)
     return [rank * (i + 1) // count for i in range(count)]
-
-
-class Segments(nn.ParameterDict):
-    """The segments of B; one that a loader puts here trains only if the one before did."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        old = self.__dict__.get("_parameters", {}).get(name)
-        if old is not None and isinstance(value, nn.Parameter):
-            value.requires_grad_(old.requires_grad)
-        super().__setattr__(name, value)
 
 
 class Records(BufferDict):
@@ -140,16 +130,24 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         self.memsave_lamda_record[adapter_name] = make_record(weight, a).to(weight.device)
         s = torch.zeros(rank, rank) if config.init_weights else torch.randn(rank, rank) / rank**0.5
         self.memsave_lamda_S[adapter_name] = nn.Parameter(s.to(weight.device, dtype))
-        segments = Segments()
-        self.memsave_lamda_B[adapter_name] = segments
-        for i, (start, end) in enumerate(zip([0, *segment_ends(rank)[:-1]], segment_ends(rank), strict=True)):
-            # Named "rows0", since PEFT could take "0" for the name of an adapter.
-            segments[f"rows{i}"] = parameter = nn.Parameter(b[start:end].to(weight.device, dtype).contiguous())
-            segments._parameters[f"rows{i}"] = parameter  # under low_cpu_mem_usage that is on meta, but B is not loaded
-        self.frozen_segments[adapter_name] = len(segments) if config.freeze_until == 0 else 0
+        self.memsave_lamda_B[adapter_name] = self._new_segments(b.to(weight.device, dtype), config)
+        self.frozen_segments[adapter_name] = 0 if config.freeze_until else len(segment_ends(rank))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def segments(self, adapter_name: str) -> list[nn.Parameter]:
+    def _new_segments(self, b: Tensor, config: LaMDAConfig) -> nn.Module:
+        """B (r, O) in segments: Parameters, or buffers if they never train, which are saved only with the factors."""
+        ends = segment_ends(len(b))
+        # Named "rows0", since PEFT could take "0" for the name of an adapter.
+        segments = {f"rows{i}": b[s:e].clone() for i, (s, e) in enumerate(zip([0, *ends[:-1]], ends, strict=True))}
+        if not config.freeze_until:
+            return BufferDict(segments, persistent=config.save_factors)
+        found = nn.ParameterDict()
+        for name, rows in segments.items():
+            found[name] = parameter = nn.Parameter(rows)
+            found._parameters[name] = parameter  # under low_cpu_mem_usage that would be on meta, but these have values
+        return found
+
+    def segments(self, adapter_name: str) -> list[Tensor]:
         """B of an adapter: (rows, O) each, from the largest singular value on."""
         return list(self.memsave_lamda_B[adapter_name].values())  # type: ignore[operator]
 
@@ -157,7 +155,7 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         """How many rows of B the schedule has frozen, from the largest singular value on."""
         return (0, *segment_ends(self.r[adapter_name]))[self.frozen_segments[adapter_name]]
 
-    def freeze_rows(self, adapter_name: str, due: int) -> list[nn.Parameter]:
+    def freeze_rows(self, adapter_name: str, due: int) -> list[Tensor]:
         """Freeze the segments whose rows are all among the first `due`; returns the newly frozen, without gradient."""
         count = sum(end <= due for end in segment_ends(self.r[adapter_name]))
         newly = self.segments(adapter_name)[self.frozen_segments[adapter_name] : count]
@@ -188,7 +186,7 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
             if adapter_name not in container or device.type == "meta":
                 continue
             item = container[adapter_name]
-            for tensor in item.values() if isinstance(item, nn.ParameterDict) else [item]:
+            for tensor in item.values() if isinstance(item, (nn.ParameterDict, BufferDict)) else [item]:
                 if not tensor.is_meta:
                     tensor.data = tensor.data.to(device)
 
@@ -196,7 +194,7 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.memsave_lamda_S]
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor, list[nn.Parameter], float]:
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, list[Tensor], float]:
         return self.memsave_lamda_A[name], self.memsave_lamda_S[name], self.segments(name), self.alpha[name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

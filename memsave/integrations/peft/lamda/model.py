@@ -66,22 +66,6 @@ class LaMDAModel(BaseTuner):
         """Nothing: the config says which dtype, and PEFT's float32 would make every layer keep a copy of its input."""
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: LaMDAConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return (
-            found
-            if storage.stores_b(config)
-            else {k: v for k, v in found.items() if ".memsave_lamda_B." not in f".{k}"}
-        )
-
-    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LaMDAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -24,8 +24,9 @@ RankRule = Callable[[Sequence[float], int, Sequence[tuple[int, int]]], Sequence[
 def energy_ranks(energies: Sequence[float], r: int, limits: Sequence[tuple[int, int]]) -> list[int]:
     """Ranks within `limits` whose sum is r * len(energies); with equal limits, less energy never means less rank.
 
-    Where limits bind, all needs are scaled by one factor until the limited ranks add up; the rest of rounding down goes
-    to the largest remainders, in order of the layers where these are equal. Without any need all get r.
+    Where limits bind, all needs are scaled by one factor until the limited ranks add up; what rounding down leaves goes
+    to the largest remainders, and where these are equal to the least energy, then to the first layer. Without any need
+    all get r.
 
     Raises ValueError if the limits do not enclose r.
     """
@@ -40,7 +41,7 @@ def energy_ranks(energies: Sequence[float], r: int, limits: Sequence[tuple[int, 
     exact = _scaled(needs, r, limits)
     ranks = [min(max(floor(x), low), high) for x, (low, high) in zip(exact, limits, strict=True)]
     left = r * len(ranks) - sum(ranks)
-    order = sorted(range(len(ranks)), key=lambda i: (ranks[i] - exact[i], i))  # largest remainder first
+    order = sorted(range(len(ranks)), key=lambda i: (ranks[i] - exact[i], energies[i], i))  # largest remainder first
     while left:
         step = 1 if left > 0 else -1
         for i in order if left > 0 else reversed(order):

@@ -23,11 +23,6 @@ SHOWN = 5
 _trainable: weakref.WeakKeyDictionary[nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
-def stores_b(config: LaMDAConfig) -> bool:
-    """Whether B is on disk: it was trainable once, or the factors are wanted there."""
-    return config.save_factors or config.freeze_until > 0
-
-
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LaMDALinear]:
     """{name: layer} of the layers of `model` that have the adapter."""
     modules = model.named_modules()
@@ -37,7 +32,7 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, LaMDALinear]:
 def checked(
     model: nn.Module, config: LaMDAConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The entries to load, given a file's under the model's names: own records, and B where files do not have it.
+    """The entries to load, given a file's under the model's names: the same, with the layers' own records.
 
     Raises LoadError, naming the layers, if an entry is missing, unknown or of another shape or kind, or if the base
     weight is not the one that the adapter was trained on; an adapter made in order to be loaded is taken out then.
@@ -50,10 +45,9 @@ def checked(
         reason = "its record is missing" if record is None else layer.why_not_record(adapter_name, record)
         problems += [f"{name}: {reason}"] if reason else []
         entries[record_key] = layer.memsave_lamda_record[adapter_name]
-        for key, (tensor, stored) in own.items():
+        for key, tensor in own.items():
             if key not in state_dict:
-                problems += [f"{key} is missing"] if stored else []
-                entries[key] = tensor.detach()
+                problems.append(f"{key} is missing")
             elif state_dict[key].shape != tensor.shape or not state_dict[key].is_floating_point():
                 given = f"{state_dict[key].dtype} {list(state_dict[key].shape)}"
                 problems.append(f"{key}: expected floating point {list(tensor.shape)}, got {given}")
@@ -65,16 +59,14 @@ def checked(
     return entries
 
 
-def _entries_of(
-    name: str, layer: LaMDALinear, adapter_name: str, config: LaMDAConfig
-) -> tuple[dict[str, tuple[Tensor, bool]], str]:
-    """{key: (tensor, whether files have it)} of an adapter in one layer, and the key of its record."""
+def _entries_of(name: str, layer: LaMDALinear, adapter_name: str, config: LaMDAConfig) -> tuple[dict[str, Tensor], str]:
+    """{key: tensor} of what files have of an adapter in one layer, and the key of its record."""
     at = f"{name}.{PREFIX}" if name else PREFIX
-    found: dict[str, tuple[Tensor, bool]] = {f"{at}S.{adapter_name}": (layer.memsave_lamda_S[adapter_name], True)}
-    for i, segment in enumerate(layer.segments(adapter_name)):
-        found[f"{at}B.{adapter_name}.rows{i}"] = (segment, stores_b(config))
+    found: dict[str, Tensor] = {f"{at}S.{adapter_name}": layer.memsave_lamda_S[adapter_name]}
+    if config.save_factors or config.freeze_until:
+        found |= {f"{at}B.{adapter_name}.rows{i}": part for i, part in enumerate(layer.segments(adapter_name))}
     if config.save_factors:
-        found[f"{at}A.{adapter_name}"] = (layer.memsave_lamda_A[adapter_name], True)
+        found[f"{at}A.{adapter_name}"] = layer.memsave_lamda_A[adapter_name]
     return found, f"{at}record.{adapter_name}"
 
 
