@@ -81,7 +81,7 @@ def why_not_same(stored: Tensor, own: Tensor, weight: Tensor | None, *, compare_
         same = same and torch.equal(stored[4:HEAD], weight_hash(narrow).cpu().view(torch.int32))  # type: ignore[arg-type]
     if not same:
         types = "" if dtype == here else f", and was {dtype}, here it is {here}"
-        return f"the base weight has other values than the one that the adapter was made for{types}; load that base model"
+        return f"the base weight has other values than when the adapter was made{types}; load that base model"
     difference = (stored[HEAD:].view(torch.float32) - own[HEAD:].view(torch.float32)).abs()
     if compare_sketch and not bool((difference <= SKETCH_TOLERANCE).all()):
         return (
