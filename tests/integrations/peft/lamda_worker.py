@@ -24,7 +24,7 @@ MODES = ("one process", "ddp", "fsdp2")
 
 
 def train(mode: str) -> dict[str, Any]:
-    """Losses, frozen rows and the adapter's values after 8 steps, past the end of the schedule; the same batch on all."""
+    """Losses, frozen rows and the adapter's values after 8 steps, past the end of the schedule, on one batch."""
     model = adapted(llama(), r=8, target_modules="all-linear")
     wrapped: nn.Module = model
     if mode == "ddp":

@@ -11,14 +11,14 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 import memsave
 from memsave.integrations.peft.lamda import LaMDALinear
 from memsave.nn.bottleneck import add_bottleneck, add_bottleneck_plain
 
-from .lamda_models import OUT, RANK, Conv1DBlock, D, adapted, block, config, layers, learn, rows
+from .lamda_models import OUT, RANK, Conv1DBlock, D, adapted, batch, block, config, layers, learn, llama, rows
 
 MODELS = {"linear": block, "conv1d": Conv1DBlock}
 
@@ -332,6 +332,55 @@ def test_checkpointing(reentrant: bool) -> None:
     expected = gradients(layer, layer, rows())
     found = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant), layer, rows())
     assert_same(found, expected, rtol=0, atol=0)
+
+
+def test_selective_checkpointing_that_caches_products() -> None:
+    """Its cache holds the base layer's output, which must not be written into."""
+    layer = layer_of()
+
+    def products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        save = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, products)
+    expected = gradients(layer, layer, rows())
+    found = gradients(lambda x: checkpoint(layer, x, use_reentrant=False, context_fn=contexts), layer, rows())
+    assert_same(found, expected, rtol=0, atol=0)
+
+
+def test_estimate_predicts_what_is_measured() -> None:
+    model = adapted(llama(), r=8, target_modules="all-linear")
+
+    def step() -> None:
+        model.zero_grad()
+        model(**batch()).loss.backward()
+
+    step()
+    measured = memsave.measure(step).peak_bytes
+    predicted = memsave.estimate(model, batch()).peak_bytes
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_peft_makes_a_lora_of_it() -> None:
+    """One of the same rank, r, computes the same."""
+    from peft import LoraConfig, convert_to_lora
+
+    model = adapted()
+    learn(model)
+    lora, weights = convert_to_lora(model, rank=RANK)
+    assert isinstance(lora, LoraConfig)
+    plain = peft.get_peft_model(block(), lora)
+    peft.set_peft_model_state_dict(plain, weights)
+    torch.testing.assert_close(plain(rows()), model(rows()), rtol=1e-4, atol=1e-4)
+
+
+def test_freezing_reaches_a_compiled_layer() -> None:
+    layer = layer_of()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients(compiled, layer, rows())
+    layer.freeze_rows("default", RANK)
+    assert_same(gradients(compiled, layer, rows()), gradients(layer, layer, rows()))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -17,7 +17,9 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ....nn.bottleneck import add_bottleneck, add_bottleneck_plain, is_ordinary
 from ....nn.converted import original_class
@@ -316,7 +318,12 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
 
 
 def _is_watched(base_layer: nn.Module) -> bool:
-    """Whether something may hold the base layer's output: a hook, other than memsave's counting, or another forward."""
-    everywhere = torch.nn.modules.module._global_forward_hooks.values()
-    foreign = any(not (getattr(hook, "__module__", None) or "").startswith("memsave.") for hook in everywhere)
+    """Whether something other than memsave's counting may hold the base layer's output.
+
+    That is a hook, a forward of its own, or a dispatch mode: selective checkpointing caches the outputs of products.
+    """
+    watchers = [*torch.nn.modules.module._global_forward_hooks.values()]
+    if torch._C._len_torch_dispatch_stack():
+        watchers += [type(mode) for mode in _get_current_dispatch_mode_stack() if type(mode) is not FakeTensorMode]
+    foreign = any(not (getattr(watcher, "__module__", None) or "").startswith("memsave.") for watcher in watchers)
     return foreign or bool(base_layer._forward_hooks) or "forward" in base_layer.__dict__
