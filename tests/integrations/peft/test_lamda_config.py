@@ -84,6 +84,10 @@ def odd(change: str) -> Odd:
         model.down = nn.Linear(OUT, D, dtype=torch.complex64)
     if change == "meta":
         model.down = nn.Linear(OUT, D, device="meta")
+    if change == "float8":
+        model.down.weight.data = model.down.weight.data.to(torch.float8_e4m3fn)
+    if change == "nan":
+        model.down.weight.data[3, 3] = float("nan")
     if change == "quantized":
         model.down.weight = nn.Parameter(torch.ones(D, OUT, dtype=torch.int8), requires_grad=False)
     if change == "parametrized":
@@ -102,6 +106,8 @@ def odd(change: str) -> Odd:
     [
         ("complex", "its weight is complex"),
         ("meta", "its weight is on the meta device and has no values to decompose"),
+        ("float8", "its weight is torch.float8_e4m3fn, expected float64"),
+        ("nan", "its weight has infinite or NaN values"),
         ("quantized", "its weight is quantized"),
         ("parametrized", "it is parametrized"),
         ("norm", "its class is LayerNorm, expected nn.Linear or transformers' Conv1D"),
@@ -123,19 +129,42 @@ def test_a_rank_too_large_names_every_layer() -> None:
     with pytest.raises(ConversionError) as raised:
         peft.get_peft_model(model, config(r=D + 1))
     assert len(raised.value.problems) == 2
-    assert f"LaMDA cannot adapt up: r is {D + 1}, expected at most min(in, out) = {D}" in str(raised.value)
+    assert (
+        f"LaMDA cannot adapt up: its rank is {D + 1} (r, or rank_pattern), expected at most min(in, out) = {D}"
+        in str(raised.value)
+    )
     assert isinstance(raised.value, ValueError) and not layers(model)
 
 
-def test_weights_that_are_not_finite_are_refused_and_what_was_replaced_is_put_back() -> None:
-    model = block()
+def test_what_was_replaced_is_put_back_if_a_later_layer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, svd, calls = block(), torch.linalg.svd, []
+
+    def fails_later(matrix: Any, **given: Any) -> Any:
+        calls.append(matrix)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("linalg.svd: did not converge.")
+        return svd(matrix, **given)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails_later)
     up = model.up
-    with torch.no_grad():
-        model.down.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="down: LaMDA: the base weight has infinite or NaN values"):
+    with pytest.raises(
+        ValueError, match="LaMDA cannot decompose down: linalg.svd: did not converge. The model was not"
+    ):
         peft.get_peft_model(model, config())
     assert model.up is up and not layers(model) and not hasattr(model, "peft_config")
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_targets_from_a_state_dict() -> None:
+    keys = {"base_model.model.up.memsave_lamda_S": torch.zeros(1)}
+    given = {name.removeprefix("base_model.model."): value for name, value in keys.items()}
+    model = peft.inject_adapter_in_model(config(target_modules=["up"]), block(), state_dict=given)
+    assert len(layers(model)) == 1
+    wrong = nn.Sequential(nn.LayerNorm(3), nn.Linear(20, 20))
+    with pytest.raises(UnsupportedModelError, match="LaMDA cannot adapt 0: its class is LayerNorm"):
+        peft.inject_adapter_in_model(
+            config(target_modules=["1"]), wrong, state_dict={"0.memsave_lamda_S": torch.zeros(1)}
+        )
 
 
 @pytest.mark.parametrize("chosen", [None, "float32", "bfloat16", torch.float16])

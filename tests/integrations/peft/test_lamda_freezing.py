@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from memsave.integrations.peft.lamda import LaMDACallback, LaMDAFreezer, lamda_p
 from memsave.integrations.peft.lamda.freezing import FreezeError, due_rows
 from memsave.integrations.peft.lamda.layer import segment_ends
 
-from .lamda_models import RANK, adapted, batch, block, config, layers, llama, rows
+from .lamda_models import LINEARS_PER_LAYER, RANK, adapted, batch, block, config, layers, llama, rows
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ from .lamda_models import RANK, adapted, batch, block, config, layers, llama, ro
         (32, 29, 100, 0.3, 30),
         (32, 30, 100, 0.3, 32),  # 0.3 * 100 is 30.000000000000004 in floats
         (32, 100, 100, 0.3, 32),
+        (32, 10, 100, 0.1, 32),  # the float 0.1 is a little more than a tenth
         (5, 0, 10, 0.0, 5),
         (8, 5, 10, 1.0, 4),
         (8, 9, 10, 1.0, 7),
@@ -78,6 +80,14 @@ def test_rows_are_bit_frozen_and_lose_their_optimizer_state() -> None:
     assert bytes_held == sorted(bytes_held, reverse=True) and bytes_held[-1] < bytes_held[0]
     assert len(frozen_values) == 16
     assert all(layer.memsave_lamda_S["default"] in optimizer.state for layer in layers(model))
+
+
+def test_what_is_frozen_loses_its_gradient_at_once() -> None:
+    model = adapted()
+    model(rows()).square().sum().backward()
+    LaMDAFreezer(model, 10).step()  # 4 rows
+    grads = [[segment.grad is None for segment in layer.segments("default")] for layer in layers(model)]
+    assert grads == [[True] * 3 + [False] * 5] * 2
 
 
 def test_freeze_until_zero_never_trains_b() -> None:
@@ -246,21 +256,15 @@ class _Watch(transformers.TrainerCallback):
         self.seen.append(layers(model)[0].frozen_rows("default"))
 
 
-def test_whole_model_keeps_t_times_r_per_linear_less_than_lora() -> None:
-    import peft
-
-    model, lora = llama(torch.bfloat16), llama(torch.bfloat16)
-    plain = llama(torch.bfloat16).requires_grad_(False)
-    plain.get_input_embeddings().weight.requires_grad_(True)  # so that the blocks keep what they need for dx
-    targets = "all-linear"
-    tuned = adapted(model, r=8, target_modules=targets)
-    low_rank = peft.get_peft_model(lora, peft.LoraConfig(r=8, target_modules=targets), autocast_adapter_dtype=False)
-    for each in (tuned, low_rank):
-        each.enable_input_require_grads()
-    ids, tokens = batch(), 32
-    kept = {
-        name: memsave.saved_bytes(lambda m=m: m(**ids).loss)
-        for name, m in (("base", plain), ("lamda", tuned), ("lora", low_rank))
-    }
-    assert kept["lamda"] - kept["base"] == pytest.approx(14 * tokens * 8 * 2, abs=tokens * 32 * 2)
+def test_a_whole_model_keeps_t_times_r_per_linear_and_less_than_lora() -> None:
+    targets, tokens, kept = "all-linear", 2 * 16, {}
+    lora = peft.LoraConfig(r=8, target_modules=targets)
+    for name, model in (
+        ("base", llama(torch.bfloat16).requires_grad_(False)),
+        ("lamda", adapted(llama(torch.bfloat16), r=8, target_modules=targets)),
+        ("lora", peft.get_peft_model(llama(torch.bfloat16), lora, autocast_adapter_dtype=False)),
+    ):
+        model.enable_input_require_grads()  # so that all blocks, also of the frozen base, keep what dx needs
+        kept[name] = memsave.saved_bytes(lambda model=model: model(**batch()).loss)
+    assert kept["lamda"] - kept["base"] == 2 * LINEARS_PER_LAYER * tokens * 8 * 2
     assert kept["lamda"] < kept["lora"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from memsave.errors import LoadError
 from memsave.integrations.peft.lamda import LaMDAConfig
 from memsave.integrations.peft.lamda.fingerprint import make_record, sketch, weight_hash
+from tests.test_docs import run_page
 
 from .lamda_models import OUT, RANK, D, adapted, batch, block, config, layers, learn, llama, rows
 
@@ -72,6 +73,17 @@ def test_round_trip(tmp_path: Path, given: dict[str, Any], stored: dict[str, int
     again = peft.PeftModel.from_pretrained(block(), str(tmp_path), is_trainable=True)
     flags = {name: p.requires_grad for name, p in tuned.named_parameters()}
     assert {name: p.requires_grad for name, p in again.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_dtypes_come_back(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    folder, expected = saved(tmp_path, block(torch.bfloat16), dtype="float32")
+    model = block(torch.bfloat16)
+    loaded = peft.PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(loaded(rows(dtype=torch.bfloat16)), expected)
+    tensors = [*loaded.named_parameters(), *loaded.named_buffers()]
+    found = {tensor.dtype for name, tensor in tensors if "memsave_lamda" in name and "record" not in name}
+    assert found == {torch.float32}
 
 
 def test_loading_reports_nothing_missing(tmp_path: Path) -> None:
@@ -286,3 +298,10 @@ def test_rank_pattern_comes_back_without_spectra(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("memsave.integrations.peft.lamda.ranks.energy", None)
     assert torch.equal(peft.PeftModel.from_pretrained(block(), str(folder))(rows()), expected)
     assert LaMDAConfig.from_pretrained(str(folder)).rank_pattern == stored
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"torch": torch, "model": llama(), "batches": [batch()] * 40}
+    left = run_page("lamda.md", tmp_path, monkeypatch, **given)
+    assert all(layer.frozen_rows("default") == 8 for layer in layers(left["model"]))
+    assert peft.PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"))(**batch()).loss < llama()(**batch()).loss

@@ -10,21 +10,14 @@ import torch
 from torch import Tensor
 
 VERSION = 1
-DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights, by their number in a record
 HEAD = 8
 CHUNK = 1 << 20  # elements hashed at a time, 8 bytes each and more in temporaries
 SKETCH_TOLERANCE = (
     1e-2  # entries of the sketch are of size 1; a vector turned by an angle moves its entry by about that
 )
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = (0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64))
 
 

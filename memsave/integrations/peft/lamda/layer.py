@@ -118,11 +118,9 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def update_layer(self, adapter_name: str, rank: int, config: LaMDAConfig, inference_mode: bool = False) -> None:
-        """Add an adapter of this rank, decomposed from the unmerged base weight; ValueError for bad values in it."""
+        """Add an adapter of this rank, decomposed from the unmerged base weight."""
         base = self.get_base_layer()
         weight = (self._unmerged[0] if self._unmerged else base.weight).detach()
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError("LaMDA: the base weight has infinite or NaN values; expected finite ones to decompose")
         a, b, _ = decompose(matrix_of(base, weight), rank, config)
         dtype = weight.dtype if config.dtype is None else getattr(torch, config.dtype)
         self.r[adapter_name], self.alpha[adapter_name] = rank, config.alpha

@@ -8,11 +8,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ....errors import UnsupportedModelError
 from . import storage
 from .config import LaMDAConfig
 from .layer import LaMDALinear
 from .ranks import rank_pattern_for
-from .targets import checked_targets, rank_of
+from .targets import checked_targets, rank_of, why_not
 
 
 class LaMDAModel(BaseTuner):
@@ -49,13 +50,15 @@ class LaMDAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        rank = rank_of(current_key, peft_config)
+        linear = target.get_base_layer() if isinstance(target, LaMDALinear) else target
+        if reason := why_not(linear, rank):  # for targets that come from a state dict; others were checked together
+            raise UnsupportedModelError(f"LaMDA cannot adapt {current_key}: {reason}. The model was not changed.")
         layer = target if isinstance(target, LaMDALinear) else LaMDALinear(target)
         try:
-            layer.update_layer(
-                adapter_name, rank_of(current_key, peft_config), peft_config, inference_mode=peft_config.inference_mode
-            )
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            raise ValueError(f"{current_key}: {error}. The model was not changed.") from error
+            layer.update_layer(adapter_name, rank, peft_config, inference_mode=peft_config.inference_mode)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"LaMDA cannot decompose {current_key}: {error} The model was not changed.") from error
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter does not train until it is activated

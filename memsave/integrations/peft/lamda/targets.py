@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
@@ -11,7 +12,8 @@ from ....errors import MemsaveError, UnsupportedModelError, raise_all
 from ....nn.converted import original_class
 from ....nn.linear import is_linear
 from .config import LaMDAConfig
-from .layer import LaMDALinear, weight_of
+from .fingerprint import DTYPES
+from .layer import LaMDALinear
 
 
 def checked_targets(model: nn.Module, config: LaMDAConfig) -> dict[str, nn.Module]:
@@ -35,7 +37,7 @@ def checked_targets(model: nn.Module, config: LaMDAConfig) -> dict[str, nn.Modul
         if not BaseTuner._check_target_module_exists(config, name):
             continue
         linear = module.get_base_layer() if isinstance(module, LaMDALinear) else module
-        reason = _why_not(linear) or _why_not_rank(linear, rank_of(name, config), config)
+        reason = why_not(linear, rank_of(name, config))
         if reason is None:
             found[name] = linear
         else:
@@ -52,8 +54,8 @@ def rank_of(name: str, config: LaMDAConfig) -> int:
     return next((rank for key, rank in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), config.r)
 
 
-def _why_not(linear: nn.Module) -> str | None:
-    """Why the weight of a module cannot be decomposed, in words, or None."""
+def why_not(linear: nn.Module, rank: int) -> str | None:
+    """Why LaMDA cannot adapt a module with this rank, in words, or None."""
     if isinstance(linear, BaseTunerLayer):
         return f"it is adapted by another method already ({type(linear).__name__}); unload that first"
     weight = getattr(linear, "weight", None)
@@ -66,16 +68,15 @@ def _why_not(linear: nn.Module) -> str | None:
     assert isinstance(weight, Tensor)
     if weight.is_complex():
         return f"its weight is complex ({weight.dtype}), expected real values"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}, expected float64, float32, bfloat16 or float16"
     if weight.is_meta:
         return "its weight is on the meta device and has no values to decompose; load the model before adapting it"
     if type(weight.data) is not Tensor:
         kind = type(weight.data).__name__
         return f"its weight is a {kind}, expected an ordinary tensor; adapt the model before quantizing or sharding it"
-    return None
-
-
-def _why_not_rank(linear: nn.Module, rank: int, config: LaMDAConfig) -> str | None:
-    if rank > (most := min(weight_of(linear).shape)):
-        what = "the rank in rank_pattern" if rank != config.r else "r"
-        return f"{what} is {rank}, expected at most min(in, out) = {most}"
+    if rank > (most := min(weight.shape)):
+        return f"its rank is {rank} (r, or rank_pattern), expected at most min(in, out) = {most}"
+    if not bool(torch.isfinite(weight.detach()).all()):
+        return "its weight has infinite or NaN values, which have no singular vectors"
     return None
