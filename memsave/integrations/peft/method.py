@@ -17,7 +17,7 @@ from typing_extensions import Self
 from ...config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
 from ...nn.linear import is_linear
 from ...targets import Named, missed_exclusions, missed_target
-from .targets import targets_of
+from .targets import in_words, targets_of
 
 ADAPTER = "default"
 
@@ -69,10 +69,10 @@ class AdapterMethod(MethodConfig):
         if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
             return "it has adapters already; merge or unload them first"
         problems = self.problems(module)
-        return "; ".join(problems) if problems else None
+        return in_words(problems) if problems else None
 
-    def problems(self, model: nn.Module) -> list[str]:
-        """Why targets cannot be adapted, one text for each."""
+    def problems(self, model: nn.Module) -> list[tuple[str, str]]:
+        """(name, reason) of each target that cannot be adapted."""
         raise NotImplementedError
 
     def missed(self, module: nn.Module) -> list[str]:
@@ -96,7 +96,7 @@ class AdapterMethod(MethodConfig):
 
     def within(self, module: nn.Module) -> Sequence[tuple[str, nn.Module]]:
         converted = [(name, m) for name, m in module.named_modules() if isinstance(m, self.layer_class)]
-        return converted or targets_of(self.peft_config, module, self.layer_class)
+        return converted or targets_of(self.peft_config, module)
 
     def convert(self, module: nn.Module) -> nn.Module:
         trained = [name for name, p in module.named_parameters() if p.requires_grad]

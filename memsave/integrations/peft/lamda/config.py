@@ -111,6 +111,12 @@ class LaMDAConfig(PeftConfig):
         low = max(1, self.r // 4) if self.min_rank is None else self.min_rank
         return low, 2 * self.r if self.max_rank is None else self.max_rank
 
+    def as_method(self) -> Any:
+        """The same as a method of `convert_model`."""
+        from .method import LaMDAMethod
+
+        return LaMDAMethod.of(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them, with the version of memsave that wrote them."""
         import memsave

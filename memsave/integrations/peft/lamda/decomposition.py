@@ -6,10 +6,13 @@ B = V_r^T (r, O): on the output side. Source: LaMDA, arXiv 2406.12832.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .config import LaMDAConfig
 
@@ -22,12 +25,31 @@ class Factors(NamedTuple):
     sigma: Tensor
 
 
+_postponed: list[bool] = []
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Within it nothing is decomposed: the factors are zeros, for layers whose base weights are loaded afterwards.
+
+    Fake weights, which have no values, are never decomposed.
+    """
+    _postponed.append(True)
+    try:
+        yield
+    finally:
+        _postponed.pop()
+
+
 @torch.no_grad()
 def decompose(matrix: Tensor, rank: int, config: LaMDAConfig) -> Factors:
     """The top `rank` singular vectors of M (D, O) by the recipe in `config`; torch's random state is left as it was.
 
     The entry of largest magnitude of each column of A is positive, which fixes the signs.
     """
+    if _postponed or isinstance(matrix, FakeTensor):
+        shapes = (matrix.shape[0], rank), (rank, matrix.shape[1]), (rank,)
+        return Factors(*(torch.zeros(shape, device="cpu") for shape in shapes))
     m = _on_cpu(matrix)
     if config.svd == "exact":
         u, sigma, vt = torch.linalg.svd(m, full_matrices=False)
@@ -42,7 +64,9 @@ def decompose(matrix: Tensor, rank: int, config: LaMDAConfig) -> Factors:
 
 @torch.no_grad()
 def energy(matrix: Tensor, rank: int, config: LaMDAConfig) -> float:
-    """Share of ||M||_F^2 in the top `rank` singular values of M (D, O), in [0, 1]; 1 for a weight of zeros."""
+    """Share of ||M||_F^2 in the top `rank` singular values of M (D, O), in [0, 1]; 1 for zeros and for fake weights."""
+    if isinstance(matrix, FakeTensor):
+        return 1.0
     m = _on_cpu(matrix)
     total = float(torch.linalg.vector_norm(m, dtype=torch.float64)) ** 2
     if total == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 VERSION = 1
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights, by their number in a record
@@ -47,6 +48,8 @@ def sketch(a: Tensor) -> Tensor:
 
 def make_record(weight: Tensor, a: Tensor) -> Tensor:
     """The record (8 + r,) int32, on the CPU, of a stored weight and of A (D, r) before it is rounded to its dtype."""
+    if isinstance(weight, FakeTensor):
+        return torch.zeros(HEAD + a.shape[1], dtype=torch.int32)
     head = torch.tensor([VERSION, DTYPES.index(weight.dtype), *weight.shape], dtype=torch.int32)
     return torch.cat([head, weight_hash(weight).cpu().view(torch.int32), sketch(a.cpu()).view(torch.int32)])
 

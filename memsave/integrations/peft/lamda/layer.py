@@ -91,6 +91,7 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         "freeze_until",
         "frozen_segments",
         "loading",
+        "recipes",
     )
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -106,6 +107,7 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         self.freeze_until: dict[str, float] = {}
         self.frozen_segments: dict[str, int] = {}
         self.loading: dict[str, bool] = {}  # made from a saved config whose values have not come yet
+        self.recipes: dict[str, LaMDAConfig] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._unmerged: list[Tensor] = []
@@ -126,6 +128,7 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         self.r[adapter_name], self.alpha[adapter_name] = rank, config.alpha
         self.freeze_until[adapter_name] = config.freeze_until
         self.loading[adapter_name] = config.memsave_version is not None
+        self.recipes[adapter_name] = config
         self.memsave_lamda_A.register_buffer(adapter_name, a.to(weight.device, dtype), persistent=config.save_factors)
         self.memsave_lamda_record[adapter_name] = make_record(weight, a).to(weight.device)
         s = torch.zeros(rank, rank) if config.init_weights else torch.randn(rank, rank) / rank**0.5
@@ -133,6 +136,24 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         self.memsave_lamda_B[adapter_name] = self._new_segments(b.to(weight.device, dtype), config)
         self.frozen_segments[adapter_name] = 0 if config.freeze_until else len(segment_ends(rank))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A base weight that is loaded brings its own A, B and record; what the state dict has of B follows."""
+        weight = state_dict.get(f"{prefix}base_layer.weight")
+        own = self.get_base_layer().weight
+        if isinstance(weight, Tensor) and weight.shape == own.shape and not _same_values(weight, own):
+            self._rebase(weight.detach().to(own.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def _rebase(self, weight: Tensor) -> None:
+        """Make A, B and the record of every adapter from another base weight."""
+        for name, config in self.recipes.items():
+            a, b, _ = decompose(matrix_of(self.get_base_layer(), weight), self.r[name], config)
+            self.memsave_lamda_A[name].copy_(a)
+            self.memsave_lamda_record._buffers[name] = make_record(weight, a).to(weight.device)
+            for segment, rows in zip(self.segments(name), b.split([len(s) for s in self.segments(name)]), strict=True):
+                segment.copy_(rows)
 
     def _new_segments(self, b: Tensor, config: LaMDAConfig) -> nn.Module:
         """B (r, O) in segments: Parameters, or buffers if they never train, which are saved only with the factors."""
@@ -303,6 +324,23 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         self._unmerged = []
         self.merged_adapters.clear()
 
+    def merged_weight(self) -> Tensor:
+        """A copy of the weight with what the adapters in force add."""
+        old: Tensor = self._unmerged[0] if self._unmerged else self.get_base_layer().weight
+        names = self.merged_adapters or self.active_names()
+        wide = torch.promote_types(old.dtype, torch.float32)
+        return sum((self._delta(n).to(old.device) for n in names), old.detach().to(wide)).to(old.dtype)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The linear without this layer, merged or as it was; PEFT's unload calls it."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        return self.base_layer
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
@@ -313,6 +351,10 @@ class LaMDALinear(nn.Module, BaseTunerLayer):
         # With factors in the file (A is saved then), it does not matter how they come out here.
         saved = adapter_name not in self.memsave_lamda_A._non_persistent_buffers_set
         return why_not_same(record, self.memsave_lamda_record[adapter_name], weight, compare_sketch=not saved)
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.device == b.device and not b.is_meta and torch.equal(a.to(b.dtype), b))
 
 
 def _is_watched(base_layer: nn.Module) -> bool:

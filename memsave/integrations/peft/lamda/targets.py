@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ....errors import MemsaveError, UnsupportedModelError, raise_all
 from ....nn.converted import original_class
 from ....nn.linear import is_linear
+from ..targets import refuse, targets_of
 from .config import LaMDAConfig
 from .fingerprint import DTYPES
 from .layer import LaMDALinear
 
 
 def checked_targets(model: nn.Module, config: LaMDAConfig) -> dict[str, nn.Module]:
-    """{name: the linear itself} of what `config` targets in `model`, in order; "all-linear" is spelled out there.
+    """{name: the linear itself} of what `config` targets in `model`, in order.
 
-    Raises ValueError without target_modules, and memsave's errors (ValueErrors), all problems together, for modules
-    that cannot be adapted. The model is not changed.
+    Raises ValueError without target_modules, and UnsupportedModelError, all problems together, for modules that cannot
+    be adapted. The model is not changed.
     """
     if config.target_modules is None:
         raise ValueError(
             "LaMDAConfig needs target_modules, such as ['q_proj', 'v_proj'] or 'all-linear': memsave has no table of "
             "what to adapt in which architecture. The model was not changed."
         )
-    _maybe_include_all_linear_layers(config, model)
-    found, problems, inside = {}, list[MemsaveError](), tuple[str, ...]()
-    for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{name}.")
-        if not BaseTuner._check_target_module_exists(config, name):
-            continue
-        linear = module.get_base_layer() if isinstance(module, LaMDALinear) else module
-        reason = why_not(linear, rank_of(name, config))
-        if reason is None:
-            found[name] = linear
-        else:
-            problems.append(UnsupportedModelError(f"LaMDA cannot adapt {name}: {reason}. The model was not changed."))
-    raise_all(problems)
-    return found
+    refuse(problems(config, model), "LaMDA")
+    return {name: _linear(module) for name, module in targets_of(config, model)}
+
+
+def problems(config: LaMDAConfig, model: nn.Module) -> list[tuple[str, str]]:
+    """(name, reason) of each target that cannot be adapted; changes nothing."""
+    found = ((name, why_not(_linear(module), rank_of(name, config))) for name, module in targets_of(config, model))
+    return [(name, reason) for name, reason in found if reason]
+
+
+def _linear(module: Any) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, LaMDALinear) else module
 
 
 def rank_of(name: str, config: LaMDAConfig) -> int:
@@ -72,11 +69,17 @@ def why_not(linear: nn.Module, rank: int) -> str | None:
         return f"its weight is {weight.dtype}, expected float64, float32, bfloat16 or float16"
     if weight.is_meta:
         return "its weight is on the meta device and has no values to decompose; load the model before adapting it"
+    if isinstance(weight, FakeTensor):  # of `memsave.estimate`: the sizes are all that counts
+        return None if rank <= min(weight.shape) else _rank_too_large(rank, weight)
     if type(weight.data) is not Tensor:
         kind = type(weight.data).__name__
         return f"its weight is a {kind}, expected an ordinary tensor; adapt the model before quantizing or sharding it"
-    if rank > (most := min(weight.shape)):
-        return f"its rank is {rank} (r, or rank_pattern), expected at most min(in, out) = {most}"
+    if rank > min(weight.shape):
+        return _rank_too_large(rank, weight)
     if not bool(torch.isfinite(weight.detach()).all()):
         return "its weight has infinite or NaN values, which have no singular vectors"
     return None
+
+
+def _rank_too_large(rank: int, weight: Tensor) -> str:
+    return f"its rank is {rank} (r, or rank_pattern), expected at most min(in, out) = {min(weight.shape)}"
