@@ -232,8 +232,20 @@ def test_another_base_is_refused_by_every_loader(tmp_path: Path) -> None:
     # A state dict of the whole model, with torch alone.
     whole = adapted(llama(), r=4, target_modules=["up_proj"])
     whole.load_state_dict(tuned.state_dict())
-    with pytest.raises(RuntimeError, match="layers.1.mlp.up_proj.*: the base weight has other values"):
-        adapted(other(), r=4, target_modules=["up_proj"]).load_state_dict(tuned.state_dict())
+
+
+def test_a_base_weight_that_is_loaded_brings_its_own_factors() -> None:
+    tuned = adapted(block(), r=4)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * parameter.requires_grad)
+    torch.manual_seed(9)
+    other = block()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    loaded = adapted(other, r=4)
+    loaded.load_state_dict(tuned.state_dict())
+    assert torch.equal(loaded(rows()), tuned(rows()))
 
 
 def test_saved_factors_do_not_depend_on_the_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
