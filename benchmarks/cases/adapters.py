@@ -132,7 +132,7 @@ _VARIANTS = (
     *(FULL, LORA, LORA_16, LORA_FA, PEFT_SHIRA),
     *(SHIRA, SHIRA_1, SHIRA_EXACT, LAMDA, LAMDA_EXACT, LAMDA_ALL),
 )
-_TOY = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+_TOY = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 _GATE = {"model": partial(models.llama_narrow, **_TOY), "shape": (2, 16)}
 
 ADAPTER_CASES: tuple[AdapterCase, ...] = tuple(
