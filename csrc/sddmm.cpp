@@ -218,10 +218,11 @@ MS_EXPORT int64_t ms_sddmm(const void* a, int64_t rows, int64_t a_token_stride, 
   for (int64_t j = 0; j < entries; ++j) {
     if (indices[j] < 0 || indices[j] >= rows * columns || (j > 0 && indices[j] <= indices[j - 1])) return j;
   }
+  if (entries == 0) return -1;
   const Job job{{a, rows, a_token_stride, a_column_stride}, {b, columns, b_token_stride, b_column_stride}, indices,
                 entries, sums, scratch};
   std::memset(sums, 0, static_cast<size_t>(entries) * (dtype == kFloat64 ? 8 : 4));
-  for (int64_t token = 0; entries > 0 && token < tokens; token += pass) {
+  for (int64_t token = 0; token < tokens; token += pass) {
     for (int64_t column = 0; column < columns; column += block) {
       one_pass(job, dtype, token, std::min(pass, tokens - token), tile, column, std::min(block, columns - column));
     }
