@@ -88,6 +88,15 @@ def test_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files == {"config.json", "generation_config.json", "memsave.json", "model.safetensors"}
 
 
+def test_shira(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = small_llama()
+    base = {name: weight.clone() for name, weight in given["model"].state_dict().items()}
+    left = run_page("shira.md", tmp_path, monkeypatch, torch=torch, batches=[given["batch"]] * 3, **given)
+    assert left["model"].active_adapters == ["both"] and len(left["overlaps"]) == 28
+    plain = left["model"].unload()
+    assert all(torch.equal(weight, base[name]) for name, weight in plain.state_dict().items())
+
+
 def test_linear_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = run_page("linear_cross_entropy.md", tmp_path, monkeypatch)
     logits, labels = left["head"](left["body"](left["x"])).flatten(0, 1), left["labels"].flatten()

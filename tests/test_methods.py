@@ -332,6 +332,29 @@ def test_every_method_has_its_places() -> None:
     assert not missing, "\n".join(missing)
 
 
+def test_every_adapter_has_its_places() -> None:
+    """Adapters are configs of PEFT, which `convert_model` takes as methods."""
+    pytest.importorskip("peft", reason="needs peft (pip install 'memsave[hf]')")
+    import memsave.peft
+    from memsave.integrations.peft.method import AdapterMethod
+
+    readme = (ROOT / "README.md").read_text()
+    pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    assert {method.name for method in AdapterMethod.__subclasses__()} == {"shira", "lamda"}
+    for method in AdapterMethod.__subclasses__():
+        config = method.config_class.__name__
+        assert config in memsave.__all__ and config in memsave.peft.__all__
+        assert starts_as_documented(method), method.docs
+        assert any(line.startswith("|") and f"`{config}(" in line for line in readme.splitlines())
+        assert is_documented(config, method.config_class) and any(f"`{config}(" in page for page in pages)
+        assert f"memsave.{config}(" in (ROOT / "benchmarks" / "cases" / "adapters.py").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(__import__("memsave.peft").peft.__all__))
+def test_names_for_peft_are_documented(name: str) -> None:
+    assert is_documented(name, getattr(memsave.peft, name))
+
+
 def test_method_names_are_unique() -> None:
     assert len({method.name for method in METHODS}) == len(METHODS)
 

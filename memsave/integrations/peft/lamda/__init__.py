@@ -4,6 +4,7 @@ from ..registration import register
 from .config import LaMDAConfig
 from .freezing import LaMDACallback, LaMDAFreezer, lamda_param_groups
 from .layer import LaMDALinear
+from .method import LaMDAMethod
 from .model import LaMDAModel
 from .ranks import energy_ranks, rank_pattern_for
 
@@ -12,6 +13,7 @@ __all__ = [
     "LaMDAConfig",
     "LaMDAFreezer",
     "LaMDALinear",
+    "LaMDAMethod",
     "LaMDAModel",
     "energy_ranks",
     "lamda_param_groups",

@@ -87,6 +87,7 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
         self.held.by_choice |= config.apply == "added"
         self._move_adapter(adapter_name, device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.held.sync(force=True)  # also where it is not active, its mask is known from now on
 
     def _place(self, config: SHiRAConfig) -> tuple[torch.device, torch.dtype]:
         weight = self.get_base_layer().weight
@@ -307,7 +308,7 @@ def _only_adapters() -> bool:
 
 
 def _after_load(layer: SHiRALinear, _: Any) -> None:
-    layer.held.sync()
+    layer.held.sync(force=True)
 
 
 def linear_features(linear: Any) -> tuple[int, int]:
