@@ -15,9 +15,8 @@ from torch import nn
 from typing_extensions import Self
 
 from ...config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
-from ...nn.linear import is_linear
 from ...targets import Named, missed_exclusions, missed_target
-from .targets import targets_of
+from .targets import is_adaptable, targets_of
 
 ADAPTER = "default"
 
@@ -88,7 +87,7 @@ class AdapterMethod(MethodConfig):
         for name, inner in module.named_modules(remove_duplicate=False):
             found.setdefault(id(inner), (inner, []))[1].append(name)
         modules = [Named(inner, names) for inner, names in found.values()]
-        hits = Counter(entry for m in modules if is_linear(m.module) for n in m.names for entry in filters.entries(n))
+        hits = Counter(entry for m in modules if is_adaptable(m.module) for n in m.names for entry in filters.entries(n))
         wanted = [filters.target_modules] if isinstance(filters.target_modules, str) else filters.target_modules or ()
         missed = [missed_target(filters, entry, None, modules) for entry in wanted if not hits[entry]]
         missed += missed_exclusions(filters, modules)
@@ -158,7 +157,7 @@ class _Filter(TargetedConfig):
     guarantee: ClassVar[Guarantee] = Guarantee.ADAPTER
 
     def candidate(self, module: nn.Module) -> bool:
-        return is_linear(module)
+        return is_adaptable(module)
 
     def entries(self, name: str) -> list[str]:
         """The entries of the targets that match `name`, if it is not excluded."""

@@ -86,6 +86,8 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
         self.stored_masks[adapter_name] = mask
         self.held.by_choice |= config.apply == "added"
         self._move_adapter(adapter_name, device)
+        with torch.inference_mode(False):
+            self.held.follow_masks()  # also of an adapter that is not active
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _place(self, config: SHiRAConfig) -> tuple[torch.device, torch.dtype]:

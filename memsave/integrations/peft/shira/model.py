@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ....errors import LoadError, UnsupportedModelError
 from ....nn.converted import why_not_in_place
-from ....nn.linear import is_linear
 from ....nn.sparse_mask import gradient_masks, largest, struct_indices
-from ..targets import refuse, targets_of
+from ..targets import is_adaptable, refuse, targets_of
 from .config import CALIBRATED, SHiRAConfig
 from .held_weight import is_plain
 from .layer import SHiRALinear, weight_shape
@@ -121,7 +120,7 @@ def why_not(config: SHiRAConfig, name: str, module: Any, model: nn.Module) -> st
     if isinstance(module, BaseTunerLayer) and not isinstance(module, SHiRALinear):
         return f"it carries an adapter of another kind ({type(module).__name__})"
     linear: Any = module.get_base_layer() if isinstance(module, SHiRALinear) else module
-    if not is_linear(linear):
+    if not is_adaptable(linear):
         return f"expected an nn.Linear or Conv1D, got {type(linear).__name__}"
     if not isinstance(module, SHiRALinear) and (reason := why_not_in_place(linear)):
         return reason
