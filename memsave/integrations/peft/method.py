@@ -87,7 +87,9 @@ class AdapterMethod(MethodConfig):
         for name, inner in module.named_modules(remove_duplicate=False):
             found.setdefault(id(inner), (inner, []))[1].append(name)
         modules = [Named(inner, names) for inner, names in found.values()]
-        hits = Counter(entry for m in modules if is_adaptable(m.module) for n in m.names for entry in filters.entries(n))
+        hits = Counter(
+            entry for m in modules if is_adaptable(m.module) for n in m.names for entry in filters.entries(n)
+        )
         wanted = [filters.target_modules] if isinstance(filters.target_modules, str) else filters.target_modules or ()
         missed = [missed_target(filters, entry, None, modules) for entry in wanted if not hits[entry]]
         missed += missed_exclusions(filters, modules)

@@ -47,7 +47,6 @@ def by_design(request: pytest.FixtureRequest) -> None:
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
 
-
 def suite(folder: str) -> types.ModuleType:
     """PEFT's tests for custom models, as part of a package of another name than ours."""
     package = types.ModuleType("peft_tests")

@@ -232,13 +232,17 @@ def test_state_dicts_hold_the_original_weights_under_peft_keys() -> None:
     assert same(base, dict(plain.state_dict()))
     own = {n.split(".", 3)[-1] for n in state if "shira" in n}
     assert own == {f"memsave_shira_{part}.{name}" for part in ("values", "mask") for name in ("default", "other")}
-    assert model.state_dict(keep_vars=True)["base_model.model.q.base_layer.weight"] is layers(model)[0].base_layer.weight
+    assert (
+        model.state_dict(keep_vars=True)["base_model.model.q.base_layer.weight"] is layers(model)[0].base_layer.weight
+    )
 
 
 def test_a_state_dict_of_adapters_copies_no_weight() -> None:
     model, layer = one(nn.Linear(200, 200), density=0.01)
     for name in ("state dict", "adapters"):
-        profile = memsave.measure(lambda n=name: get_peft_model_state_dict(model) if n == "adapters" else model.state_dict())
+        profile = memsave.measure(
+            lambda n=name: get_peft_model_state_dict(model) if n == "adapters" else model.state_dict()
+        )
         copied = profile.peak_bytes - profile.baseline_bytes >= layer.base_layer.weight.nbytes
         assert copied == (name == "state dict")
     assert sorted(get_peft_model_state_dict(model)) == [

@@ -46,9 +46,8 @@ class SHiRAModel(BaseTuner):
         linears = {name: m.get_base_layer() if isinstance(m, SHiRALinear) else m for name, m in targets}
         weights = {name: linear.weight for name, linear in linears.items()}
         counts = {name: config.num_values(name, weight_shape(linear)) for name, linear in linears.items()}
-        return gradient_masks(
-            model, weights, counts, config.calibration or (), loss=config.calibration_loss, score=config.mask
-        )
+        batches = () if config.calibration is None else config.calibration
+        return gradient_masks(model, weights, counts, batches, loss=config.calibration_loss, score=config.mask)
 
     def _create_and_replace(
         self,
