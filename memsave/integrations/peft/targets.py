@@ -42,7 +42,7 @@ def _is_target(config: Any, name: str) -> bool:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether `module` is of a kind that adapters go around: a linear, also a quantized one with a forward of its own."""
+    """Whether `module` is of a kind that adapters go around: a linear, also a quantized one with its own forward."""
     weight = getattr(module, "weight", None)
     quantized = isinstance(weight, nn.Parameter) and not (weight.is_floating_point() or weight.is_complex())
     return is_linear(module) or (isinstance(module, nn.Linear) and quantized)

@@ -183,9 +183,19 @@ def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
 def test_configs_survive_json(tmp_path: Path) -> None:
     """All but the calibration; the masks then come from a file."""
     made = config(
-        mask="gradient", density=0.07, seed=2**62, keep_ratio=0.5, dtype="bfloat16", apply="added", calibration=BATCHES,
-        calibration_loss=square, counts={"q": 3}, modules_to_save=["out"], target_modules=["q", "k"], exclude_modules=["v"],
-    )  # fmt: skip
+        mask="gradient",
+        density=0.07,
+        seed=2**62,
+        keep_ratio=0.5,
+        dtype="bfloat16",
+        apply="added",
+        calibration=BATCHES,
+        calibration_loss=square,
+        counts={"q": 3},
+        modules_to_save=["out"],
+        target_modules=["q", "k"],
+        exclude_modules=["v"],
+    )
     made.save_pretrained(str(tmp_path))
     data = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not any("calibration" in name for name in data) and data["peft_type"] == "MEMSAVE_SHIRA"

@@ -147,24 +147,21 @@ def _why_not_weight(config: SHiRAConfig, weight: Tensor) -> str | None:
 
 
 def check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Raise LoadError unless `state_dict` has fitting values and a valid mask for every layer of the adapter."""
+    """Raise LoadError unless `state_dict` has fitting values and a valid mask for every layer of the adapter, and for
+    no other."""
     problems = []
-    for name, layer in model.named_modules():
+    known: set[str] = set()
+    for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, SHiRALinear) or adapter_name not in layer.memsave_shira_values:
             continue
         mask = layer.stored_masks[adapter_name]
-        prefixes = {name, name.removeprefix("base_model.model."), f"base_model.model.{name}"}
-        values, code = (
-            next(
-                (
-                    state_dict[key]
-                    for p in prefixes
-                    if (key := f"{p}.memsave_shira_{part}.{adapter_name}") in state_dict
-                ),
-                None,
-            )
+        inner = name.removeprefix("base_model.model.")
+        keys = [
+            [f"{p}{inner}.memsave_shira_{part}.{adapter_name}" for p in ("", "base_model.model.")]
             for part in ("values", "mask")
-        )
+        ]
+        known.update(*keys)
+        values, code = (next((state_dict[key] for key in names if key in state_dict), None) for names in keys)
         if values is None or code is None:
             problems.append(f"{name}: its values or its mask are missing")
         elif tuple(values.shape) != (mask.count,):
@@ -174,6 +171,8 @@ def check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
                 mask.indices(code)
             except ValueError as error:
                 problems.append(f"{name}: {error}")
+    strange = sorted(key for key in state_dict if ".memsave_shira_" in key and key not in known)
+    problems += [f"{key}: the model has no such layer" for key in strange]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise LoadError(
