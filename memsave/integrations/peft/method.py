@@ -36,8 +36,12 @@ class AdapterMethod(MethodConfig):
     settings: str
     peft_config: Any = field(default=None, compare=False, repr=False)
 
+    read: ClassVar[bool] = False
+    """Whether it was made from `settings` alone, as those of a saved model are: what JSON lacks is in the weights."""
+
     def __post_init__(self) -> None:
         if self.peft_config is None:
+            self.__dict__["read"] = True
             object.__setattr__(self, "peft_config", self.config_class(**json.loads(self.settings)))
 
     @classmethod
@@ -61,14 +65,9 @@ class AdapterMethod(MethodConfig):
         return set(self.config_class.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
 
     def why_not(self, module: nn.Module) -> str | None:
-        if isinstance(module, PeftModel):
-            return "it is a PeftModel; use its add_adapter, or convert the model inside (get_base_model())"
         if self.name in applied_configs(module):
             return None  # by the same adapter, or by one that conflicts
-        if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
-            return "it has adapters already; merge or unload them first"
-        problems = self.problems(module)
-        return "; ".join(problems) if problems else None
+        return _why_not_adapted(module) or "; ".join(self.problems(module)) or None
 
     def problems(self, model: nn.Module) -> list[str]:
         """Why targets cannot be adapted, one text for each."""
@@ -76,7 +75,7 @@ class AdapterMethod(MethodConfig):
 
     def missed(self, module: nn.Module) -> list[str]:
         config = self.peft_config
-        if self.name in applied_configs(module):
+        if self.name in applied_configs(module) or _why_not_adapted(module):
             return []
         if config.target_modules in (None, "all-linear"):
             return (
@@ -166,6 +165,15 @@ class _Filter(TargetedConfig):
         if self.exclude_modules is not None and matches(self.exclude_modules, name):
             return []
         return matches(self.target_modules or (), name)
+
+
+def _why_not_adapted(model: nn.Module) -> str | None:
+    """Say in words why no adapters can be put into `model`, or return None."""
+    if isinstance(model, PeftModel):
+        return "it is a PeftModel; use its add_adapter, or convert the model inside (get_base_model())"
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        return "it has adapters already; merge or unload them first"
+    return None
 
 
 def _plain(config: PeftConfig) -> dict[str, Any]:
