@@ -124,6 +124,8 @@ def restore_model(
             RestoreError(f"restore_model: {missing} not applied to this model; it has {sorted(present)}. {_UNCHANGED}")
         )
     changes = [change for change in found if change.config.name in chosen]
+    # Trained adapters of a whole model go last: what comes off before them can be put back if something fails.
+    changes.sort(key=lambda c: c.config.scope == "model" and c.config.guarantee is Guarantee.ADAPTER)
     problems += _restore_problems(changes, adapters, allow_lossy)
     raise_all(problems)
     kinds = {id(m.module): kind_of(m.module) for m in modules}

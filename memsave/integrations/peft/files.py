@@ -111,7 +111,9 @@ def load_adapter(
         if not had:
             model.__dict__.pop("peft_config", None)
         if isinstance(error, LoadError):
-            raise
+            if _UNCHANGED in str(error):
+                raise
+            raise LoadError(f"load_adapter: {source}: {error} {_UNCHANGED}") from error
         raise LoadError(f"load_adapter: {source} does not fit the model: {error} {_UNCHANGED}") from error
     if isinstance(model, PreTrainedModel):
         model._hf_peft_config_loaded = True
@@ -156,7 +158,7 @@ def _from_peft(
         if places is None or tuple(places.shape) != (2, len(values)):
             raise LoadError(f"load_adapter: {source}: {layer}: its shira_indices are missing or damaged. {_UNCHANGED}")
         name = layer.removeprefix("base_model.model.")
-        pairs[name], counts[name] = (places, values), len(values)
+        pairs[name], counts[name] = (places, values), places.unique(dim=1).shape[1]
     if not pairs:
         raise LoadError(f"load_adapter: {source} holds no values of SHIRA. {_UNCHANGED}")
     config = SHiRAConfig(
@@ -195,12 +197,11 @@ class _Later(dict[str, Tensor]):
                 )
             flat = places[0].long() * columns + places[1].long()
             union, where = flat.unique(return_inverse=True)
-            if len(union) != len(flat):
-                raise LoadError(f"load_adapter: {name}: positions that are there twice. {_UNCHANGED}")
             mask = StoredMask("given", len(union), rows * columns)
             prefix = f"base_model.model.{name}.memsave_shira_"
             found[f"{prefix}mask"] = mask.of_indices(union)
-            found[f"{prefix}values"] = torch.empty_like(values).index_copy_(0, where, values)
+            # What is there twice adds up, as it does in PEFT.
+            found[f"{prefix}values"] = values.new_zeros(len(union)).index_add_(0, where, values)
         return found
 
 

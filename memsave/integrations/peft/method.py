@@ -15,9 +15,8 @@ from torch import nn
 from typing_extensions import Self
 
 from ...config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
-from ...nn.linear import is_linear
 from ...targets import Named, missed_exclusions, missed_target
-from .targets import in_words, targets_of
+from .targets import in_words, is_adaptable, targets_of
 
 ADAPTER = "default"
 
@@ -37,8 +36,12 @@ class AdapterMethod(MethodConfig):
     settings: str
     peft_config: Any = field(default=None, compare=False, repr=False)
 
+    read: ClassVar[bool] = False
+    """Whether it was made from `settings` alone, as those of a saved model are: what JSON lacks is in the weights."""
+
     def __post_init__(self) -> None:
         if self.peft_config is None:
+            self.__dict__["read"] = True
             object.__setattr__(self, "peft_config", self.config_class(**json.loads(self.settings)))
 
     @classmethod
@@ -54,7 +57,7 @@ class AdapterMethod(MethodConfig):
         return {"method": self.name, "settings": self.settings}
 
     def __str__(self) -> str:
-        shown = {k: v for k, v in json.loads(self.settings).items() if v not in (None, False) and k in self._shown}
+        shown = {k: v for k, v in json.loads(self.settings).items() if v not in (None, False, {}) and k in self._shown}
         return f"{self.label}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     @property
@@ -62,12 +65,10 @@ class AdapterMethod(MethodConfig):
         return set(self.config_class.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
 
     def why_not(self, module: nn.Module) -> str | None:
-        if isinstance(module, PeftModel):
-            return "it is a PeftModel; use its add_adapter, or convert the model inside (get_base_model())"
         if self.name in applied_configs(module):
             return None  # by the same adapter, or by one that conflicts
-        if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
-            return "it has adapters already; merge or unload them first"
+        if reason := _why_not_adapted(module):
+            return reason
         problems = self.problems(module)
         return in_words(problems) if problems else None
 
@@ -77,7 +78,7 @@ class AdapterMethod(MethodConfig):
 
     def missed(self, module: nn.Module) -> list[str]:
         config = self.peft_config
-        if self.name in applied_configs(module):
+        if self.name in applied_configs(module) or _why_not_adapted(module):
             return []
         if config.target_modules in (None, "all-linear"):
             return (
@@ -88,7 +89,9 @@ class AdapterMethod(MethodConfig):
         for name, inner in module.named_modules(remove_duplicate=False):
             found.setdefault(id(inner), (inner, []))[1].append(name)
         modules = [Named(inner, names) for inner, names in found.values()]
-        hits = Counter(entry for m in modules if is_linear(m.module) for n in m.names for entry in filters.entries(n))
+        hits = Counter(
+            entry for m in modules if is_adaptable(m.module) for n in m.names for entry in filters.entries(n)
+        )
         wanted = [filters.target_modules] if isinstance(filters.target_modules, str) else filters.target_modules or ()
         missed = [missed_target(filters, entry, None, modules) for entry in wanted if not hits[entry]]
         missed += missed_exclusions(filters, modules)
@@ -158,13 +161,22 @@ class _Filter(TargetedConfig):
     guarantee: ClassVar[Guarantee] = Guarantee.ADAPTER
 
     def candidate(self, module: nn.Module) -> bool:
-        return is_linear(module)
+        return is_adaptable(module)
 
     def entries(self, name: str) -> list[str]:
         """The entries of the targets that match `name`, if it is not excluded."""
         if self.exclude_modules is not None and matches(self.exclude_modules, name):
             return []
         return matches(self.target_modules or (), name)
+
+
+def _why_not_adapted(model: nn.Module) -> str | None:
+    """Say in words why no adapters can be put into `model`, or return None."""
+    if isinstance(model, PeftModel):
+        return "it is a PeftModel; use its add_adapter, or convert the model inside (get_base_model())"
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        return "it has adapters already; merge or unload them first"
+    return None
 
 
 def _plain(config: PeftConfig) -> dict[str, Any]:

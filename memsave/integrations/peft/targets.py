@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 
 from ...errors import UnsupportedModelError
+from ...nn.linear import is_linear
 from ...report import groups, pattern
 
 
@@ -39,6 +40,13 @@ def targets_of(config: PeftConfig, model: nn.Module) -> list[tuple[str, nn.Modul
 def _is_target(config: Any, name: str) -> bool:
     # PEFT's answer for what is excluded is an object that is false.
     return bool(check_target_module_exists(config, name))
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether `module` is of a kind that adapters go around: a linear, also a quantized one with its own forward."""
+    weight = getattr(module, "weight", None)
+    quantized = isinstance(weight, nn.Parameter) and not (weight.is_floating_point() or weight.is_complex())
+    return is_linear(module) or (isinstance(module, nn.Linear) and quantized)
 
 
 def refuse(problems: Sequence[tuple[str, str]], label: str) -> None:

@@ -17,13 +17,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from memsave.peft import SHiRAConfig
 
 from .tuners import SUITE_CASES, TUNERS
 
 FOLDER = os.environ.get("PEFT_TESTS")
 _CASES, _CLASSES = "test_name, model_id, config_cls, config_kwargs", "config_cls"
-# Tests that know each method of PEFT by name, and have no branch for a method that they do not know.
-_BY_NAME: dict[str, str] = {}
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def fails_by_design(test: str, parameters: dict[str, Any]) -> str | None:
+    """Why we do not want what `test` expects of these cases, or None."""
+    if test == "test_adapter_dtype_autocast":
+        if parameters["autocast_adapter_dtype"] and parameters["dtype"] in _HALVES:
+            return "adapters have the dtype of the base weight: float32 would make them keep more"
+    if test == "test_only_params_are_updated":
+        if parameters["config_cls"] is SHiRAConfig and parameters["config_kwargs"].get("apply") != "added":
+            return "the base weight holds the values; state_dict has the originals (test_shira_weight.py)"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def by_design(request: pytest.FixtureRequest) -> None:
+    """Marks the cases whose failure is meant."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and (reason := fails_by_design(request.node.originalname, callspec.params)):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 def suite(folder: str) -> types.ModuleType:

@@ -79,7 +79,7 @@ class HeldWeight:
         if not force and self._seen is not None and self._is_as_seen():
             return
         with torch.inference_mode(False), torch.no_grad():
-            self._follow_masks()
+            self.follow_masks()
             self.notice_sharding()
             if not self.sharded:
                 if self._on_meta():
@@ -240,15 +240,15 @@ class HeldWeight:
         """The tensors were moved or cast: the masks are the same, the sums must be rounded again."""
         self._known = weakref.ref(self.weight)
         masks = self.layer.memsave_shira_mask
-        self._masks = {name: (masks[name], masks[name]._version) for name in self._masks if name in masks}
+        self._masks = {name: (masks[name], _version(masks[name])) for name in self._masks if name in masks}
         self._seen = None
 
-    def _follow_masks(self) -> None:
+    def follow_masks(self) -> None:
         """Make the indices from masks that are new, or were loaded since."""
         layer = self.layer
         for name, mask in layer.memsave_shira_mask.items():
             before = self._masks.get(name)
-            if mask.is_meta or (before is not None and before[0] is mask and before[1] == mask._version):
+            if mask.is_meta or (before is not None and before[0] is mask and before[1] == _version(mask)):
                 continue
             if name in self.names:
                 self.put_back()
@@ -261,7 +261,7 @@ class HeldWeight:
                 layer.memsave_shira_indices[name] = indices.to(mask.device)
             elif name in layer.memsave_shira_indices:
                 del layer.memsave_shira_indices[name]
-            self._masks[name] = (mask, mask._version)
+            self._masks[name] = (mask, _version(mask))
 
     def _entries(self, flat: Tensor, name: str) -> Tensor:
         return flat.index_select(0, self.layer.memsave_shira_indices[name])  # several times as fast as flat[...]

@@ -86,6 +86,8 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
         self.stored_masks[adapter_name] = mask
         self.held.by_choice |= config.apply == "added"
         self._move_adapter(adapter_name, device)
+        with torch.inference_mode(False):
+            self.held.follow_masks()  # also of an adapter that is not active
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
         self.held.sync(force=True)  # also where it is not active, its mask is known from now on
 
@@ -187,6 +189,7 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: `safe_merge`, and a merged entry is not finite.
+            MemsaveError: the mask of an adapter has not been loaded.
             RuntimeError: the weight is sharded or quantized.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.memsave_shira_values]
@@ -197,8 +200,9 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
                 "SHiRA: merge: the weight is sharded or quantized, so the values cannot be written into it. Gather or "
                 "dequantize the model first. Nothing was changed."
             )
-        for name in names if safe_merge else ():
-            if not bool(torch.isfinite(self.held.target(name)).all()):
+        for name in names:
+            self.held.check_mask(name)
+            if safe_merge and not bool(torch.isfinite(self.held.target(name)).all()):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken. Nothing was changed."
                 )
@@ -227,6 +231,8 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
     def merged_weight(self) -> Tensor:
         """A copy of the weight with the values of the wanted adapters."""
         self.held.sync()
+        for name in self.adapters_wanted():
+            self.held.check_mask(name)
         if self.held.sharded or self.held.by_choice:
             weight = self.held.original_weight()
             for name in self.adapters_wanted():
@@ -236,6 +242,7 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What adapter `adapter` adds to the weight, as a sparse COO tensor of its shape."""
+        self.held.check_mask(adapter)
         indices = self.memsave_shira_indices[adapter].long()
         columns = self.weight_shape[1]
         places = torch.stack((torch.div(indices, columns, rounding_mode="floor"), indices % columns))

@@ -26,12 +26,13 @@ class SHiRAMethod(AdapterMethod):
     layer_class: ClassVar[type[nn.Module]] = SHiRALinear
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
-        return problems(self.peft_config, model)
+        return problems(self._with_stored_masks() if self.read else self.peft_config, model)
 
     def rebuild(self, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
-        settings = {**json.loads(self.settings), "masks": "stored"}
-        stored = type(self)(settings=self.settings, peft_config=SHiRAConfig(**settings))
-        return stored.convert(module)
+        return type(self)(settings=self.settings, peft_config=self._with_stored_masks()).convert(module)
+
+    def _with_stored_masks(self) -> SHiRAConfig:
+        return SHiRAConfig(**{**json.loads(self.settings), "masks": "stored"})
 
     def backend(self, module: nn.Module) -> str:
         return ops.serving("sddmm", {p.device.type for p in module.parameters()})

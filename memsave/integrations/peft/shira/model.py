@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ....errors import LoadError, UnsupportedModelError
 from ....nn.converted import why_not_in_place
-from ....nn.linear import is_linear
 from ....nn.sparse_mask import gradient_masks, largest, struct_indices
-from ..targets import refuse, targets_of
+from ..targets import is_adaptable, refuse, targets_of
 from .config import CALIBRATED, SHiRAConfig
 from .held_weight import is_plain
 from .layer import SHiRALinear, weight_shape
@@ -47,9 +46,8 @@ class SHiRAModel(BaseTuner):
         linears = {name: m.get_base_layer() if isinstance(m, SHiRALinear) else m for name, m in targets}
         weights = {name: linear.weight for name, linear in linears.items()}
         counts = {name: config.num_values(name, weight_shape(linear)) for name, linear in linears.items()}
-        return gradient_masks(
-            model, weights, counts, config.calibration or (), loss=config.calibration_loss, score=config.mask
-        )
+        batches = () if config.calibration is None else config.calibration
+        return gradient_masks(model, weights, counts, batches, loss=config.calibration_loss, score=config.mask)
 
     def _create_and_replace(
         self,
@@ -107,8 +105,8 @@ def problems(config: SHiRAConfig, model: nn.Module) -> list[tuple[str, str]]:
         (name, reason) for name, linear in targets_of(config, model) if (reason := why_not(config, name, linear, model))
     ]
     if config.mask in CALIBRATED and config.masks == "select" and config.calibration is None:
-        reason = "is chosen by gradients and needs SHiRAConfig.calibration: expected a list of batches, got None"
-        found.append(("", f"a {config.mask} mask {reason}"))
+        reason = f"a {config.mask} mask is chosen by gradients: expected batches in SHiRAConfig.calibration, got None"
+        found.append(("", reason))
     return found
 
 
@@ -117,7 +115,7 @@ def why_not(config: SHiRAConfig, name: str, module: Any, model: nn.Module) -> st
     if isinstance(module, BaseTunerLayer) and not isinstance(module, SHiRALinear):
         return f"it carries an adapter of another kind ({type(module).__name__})"
     linear: Any = module.get_base_layer() if isinstance(module, SHiRALinear) else module
-    if not is_linear(linear):
+    if not is_adaptable(linear):
         return f"expected an nn.Linear or Conv1D, got {type(linear).__name__}"
     if not isinstance(module, SHiRALinear) and (reason := why_not_in_place(linear)):
         return reason
@@ -145,24 +143,21 @@ def _why_not_weight(config: SHiRAConfig, weight: Tensor) -> str | None:
 
 
 def check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Raise LoadError unless `state_dict` has fitting values and a valid mask for every layer of the adapter."""
+    """Raise LoadError unless `state_dict` has fitting values and a valid mask for every layer of the adapter, and for
+    no other."""
     problems = []
-    for name, layer in model.named_modules():
+    known: set[str] = set()
+    for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, SHiRALinear) or adapter_name not in layer.memsave_shira_values:
             continue
         mask = layer.stored_masks[adapter_name]
-        prefixes = {name, name.removeprefix("base_model.model."), f"base_model.model.{name}"}
-        values, code = (
-            next(
-                (
-                    state_dict[key]
-                    for p in prefixes
-                    if (key := f"{p}.memsave_shira_{part}.{adapter_name}") in state_dict
-                ),
-                None,
-            )
+        inner = name.removeprefix("base_model.model.")
+        keys = [
+            [f"{p}{inner}.memsave_shira_{part}.{adapter_name}" for p in ("", "base_model.model.")]
             for part in ("values", "mask")
-        )
+        ]
+        known.update(*keys)
+        values, code = (next((state_dict[key] for key in names if key in state_dict), None) for names in keys)
         if values is None or code is None:
             problems.append(f"{name}: its values or its mask are missing")
         elif tuple(values.shape) != (mask.count,):
@@ -172,6 +167,8 @@ def check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
                 mask.indices(code)
             except ValueError as error:
                 problems.append(f"{name}: {error}")
+    strange = sorted(key for key in state_dict if ".memsave_shira_" in key and key not in known)
+    problems += [f"{key}: the model has no such layer" for key in strange]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise LoadError(
