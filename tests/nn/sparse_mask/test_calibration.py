@@ -106,7 +106,7 @@ def test_equal_scores_take_the_lowest_positions() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accumulators_of_one_layer_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_ENTRIES_AT_ONCE_CPU", 2**15)  # what selection takes is not the question
-    features, layers = 1024, 6
+    features, layers = 1024, 4
     model = Counting(layers, features).to(dtype)
     batches = [torch.randn(2, features, dtype=dtype) for _ in range(3)]
     weights = weights_of(model, tuple(f"layers.{i}.weight" for i in range(layers)))

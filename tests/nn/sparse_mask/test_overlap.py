@@ -26,8 +26,8 @@ def by_hand(first: Delta, second: Delta, shape: tuple[int, int]) -> tuple[float,
     return float(torch.linalg.svdvals(product)[0]), 1 - int((product != 0).sum()) / shape[1] ** 2
 
 
-@pytest.mark.parametrize("shape", [(30, 20), (7, 40), (1, 9), (9, 1), (300, 270), (20, 600)])
-@pytest.mark.parametrize("density", [0.03, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(30, 20), (7, 40), (1, 9), (9, 1), (100, 270), (10, 300)])
+@pytest.mark.parametrize("density", [0.03, 0.3])
 def test_random_masks(shape: tuple[int, int], density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     k = max(1, round(density * shape[0] * shape[1]))
     first, second = delta(shape, k, 1), delta(shape, k, 2)
