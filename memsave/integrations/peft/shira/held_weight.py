@@ -122,7 +122,8 @@ class HeldWeight:
         """Forget the adapter `name`, which is about to be deleted."""
         if name in self.names:
             self.put_back()
-        self.layer.memsave_shira_baked.pop(name) if name in self.layer.memsave_shira_baked else None
+        if name in self.layer.memsave_shira_baked:
+            del self.layer.memsave_shira_baked[name]
         self._masks.pop(name, None)
         self._seen = None
 
@@ -159,8 +160,7 @@ class HeldWeight:
 
     @contextmanager
     def originals(self) -> Iterator[None]:
-        """Within it, W has its original values; its version counter does not notice."""
-        self.sync()
+        """Within it, W, which is in step, has its original values; its version counter does not notice."""
         flat = None if self.sharded or not self.names else self.weight.data.view(-1)
         if flat is None:
             yield

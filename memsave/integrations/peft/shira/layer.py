@@ -89,7 +89,6 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
         with torch.inference_mode(False):
             self.held.follow_masks()  # also of an adapter that is not active
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-        self.held.sync(force=True)  # also where it is not active, its mask is known from now on
 
     def _place(self, config: SHiRAConfig) -> tuple[torch.device, torch.dtype]:
         weight = self.get_base_layer().weight
@@ -169,7 +168,10 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
         Without gradients the originals are in the weight for the time of this forward, unknown to its version counter:
         a graph that was recorded before with the adapter on is still right. With gradients the difference is added.
         """
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.held.sync()
+        if not (torch.is_grad_enabled() or compiling):
             with self.held.originals():
                 y = self.base_layer(x, *args, **kwargs)
                 additions = self.held.baked()
