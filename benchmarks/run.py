@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import result_files, tables
 from benchmarks.cases import CASES, Case
+from benchmarks.cases.adapters import AdapterCase
 from benchmarks.cases.estimates import EstimateCase
 from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.losses import LossCase
@@ -31,6 +32,7 @@ from benchmarks.cases.training import ForwardCase, StepCase, TrainingCase
 from benchmarks.cases.variance import VarianceCase
 from benchmarks.checks import CheckFailed
 from benchmarks.result_files import ResultError
+from benchmarks.runners.adapters import run_adapter_case
 from benchmarks.runners.estimates import run_estimate_case
 from benchmarks.runners.forward import run_forward_case
 from benchmarks.runners.grad_norms import run_grad_norms_case
@@ -44,6 +46,7 @@ RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, st
     TrainingCase: run_model_case,
     StepCase: run_model_case,
     ForwardCase: run_forward_case,
+    AdapterCase: run_adapter_case,
     OpCase: run_op_case,
     LossCase: run_op_case,
     VarianceCase: run_variance_case,

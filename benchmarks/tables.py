@@ -81,6 +81,18 @@ def model_rows(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def adapter_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each way to fine-tune, beside the first."""
+    first = data["results"][0]
+    rows = [["", "trained", "kept by the layers", "peak", "step", "optimizer", "file"]]
+    for r in data["results"]:
+        kept, peak = (mebibytes(r, first, name) for name in ("kept_layers_bytes", "peak_bytes"))
+        step = f"{r['median_s'] * 1e3:.0f} ms ({r['median_s'] / first['median_s']:.2f}x)"
+        sizes = [in_bytes(r[name]) for name in ("optimizer_bytes", "file_bytes")]
+        rows.append([r["variant"], f"{r['trained']:,}", kept, peak, step, *sizes])
+    return rows
+
+
 def mebibytes(row: dict[str, Any], first: dict[str, Any], name: str) -> str:
     if row[name] is None:
         return "not counted"
@@ -239,6 +251,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "training": model_rows,
     "step": model_rows,
     "forward": forward_rows,
+    "adapters": adapter_rows,
     "op": op_rows,
     "loss": op_rows,
     "variance": variance_rows,

@@ -28,9 +28,10 @@ struct Job {
   void *sums, *scratch;
 };
 
-// The tokens and columns that are worked on: `padded` tokens, of which those behind the first `tokens` are zeros.
+// The tokens and columns that are worked on: `padded` tokens, of which those behind the first `tokens` are zeros. Those of
+// b lie in scratch memory from element `place` on.
 struct Tile {
-  int64_t first_token, tokens, padded, first_column, columns;
+  int64_t first_token, tokens, padded, first_column, columns, place;
 };
 
 MS_INLINE float widened(float value) { return value; }
@@ -114,7 +115,7 @@ MS_INLINE void four_dots(const Wide* row, const Wide* const* columns, int64_t pa
 // The entries [j, end) of one row.
 template <class Wide>
 MS_INLINE void sum_row(const Job& job, const Tile& tile, int64_t offset, const Wide* row, int64_t j, int64_t end) {
-  const Wide* scratch = static_cast<const Wide*>(job.scratch);
+  const Wide* scratch = static_cast<const Wide*>(job.scratch) + tile.place;
   Wide* sums = static_cast<Wide*>(job.sums);
   const Wide* columns[4];
   for (; j + 4 <= end; j += 4) {
@@ -152,7 +153,7 @@ enum class Step { kTurn, kSum };
 template <class T, class Wide>
 MS_INLINE void work(const Job& job, const Tile& tile, Step step, int64_t begin, int64_t end) {
   if (step == Step::kSum) return sum_blocks<T, Wide>(job, tile, begin, end);
-  Wide* target = static_cast<Wide*>(job.scratch) + begin * tile.padded;
+  Wide* target = static_cast<Wide*>(job.scratch) + tile.place + begin * tile.padded;
   turn<T>(job.b, tile, tile.first_column + begin, tile.first_column + end, target);
 }
 
@@ -186,37 +187,44 @@ int64_t first_block(const Job& job, int64_t piece, int64_t pieces) {
   return job.indices[job.entries * piece / pieces] / job.b.columns / kRows;
 }
 
-void one_tile(const Job& job, const Tile& tile, int64_t dtype) {
-  parallel_for(tile.columns, std::max(kSide, kGrainElements / tile.padded), [&](int64_t begin, int64_t end) {
-    work(job, tile, dtype, Step::kTurn, begin, end);
-  });
-  const int64_t pieces = std::min<int64_t>(kPieces, 1 + job.entries * tile.padded / kGrainProducts);
+// Some tokens and a block of columns: all of their tiles are turned over, then all of them summed.
+void one_pass(const Job& job, int64_t dtype, int64_t token, int64_t tokens, int64_t tile, int64_t column,
+              int64_t columns) {
+  const auto each_tile = [&](Step step, int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < tokens; t += tile) {
+      const int64_t count = std::min(tile, tokens - t), padded = (count + kSide - 1) / kSide * kSide;
+      work(job, {token + t, count, padded, column, columns, t * columns}, dtype, step, begin, end);
+    }
+  };
+  parallel_for(columns, std::max(kSide, kGrainElements / tokens),
+               [&](int64_t begin, int64_t end) { each_tile(Step::kTurn, begin, end); });
+  const int64_t pieces = std::min<int64_t>(kPieces, 1 + job.entries * tokens / kGrainProducts);
   parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
-    work(job, tile, dtype, Step::kSum, first_block(job, begin, pieces), first_block(job, end, pieces));
+    each_tile(Step::kSum, first_block(job, begin, pieces), first_block(job, end, pieces));
   });
 }
 
 }  // namespace
 }  // namespace memsave
 
-// `sums` (K,) and `scratch` (min(block, C) * tile,) are float, or double for float64; tile is a multiple of 16, at most
-// 256. Returns -1, or the first position of an index that is outside [0, R * C) or not above the one before, with nothing
+// `sums` (K,) and `scratch` (min(block, C) * min(pass, N to a multiple of 16),) are float, or double for float64; tile is a
+// multiple of 16, at most 256, and pass of tile. Returns -1, or the first position of an index that is outside [0, R * C) or not above the one before, with nothing
 // written.
 MS_EXPORT int64_t ms_sddmm(const void* a, int64_t rows, int64_t a_token_stride, int64_t a_column_stride, const void* b,
                            int64_t columns, int64_t b_token_stride, int64_t b_column_stride, int64_t dtype,
-                           int64_t tokens, const int32_t* indices, int64_t entries, int64_t tile, int64_t block,
-                           void* scratch, void* sums, void* out) {
+                           int64_t tokens, const int32_t* indices, int64_t entries, int64_t tile, int64_t pass,
+                           int64_t block, void* scratch, void* sums, void* out) {
   using namespace memsave;
   for (int64_t j = 0; j < entries; ++j) {
     if (indices[j] < 0 || indices[j] >= rows * columns || (j > 0 && indices[j] <= indices[j - 1])) return j;
   }
+  if (entries == 0) return -1;
   const Job job{{a, rows, a_token_stride, a_column_stride}, {b, columns, b_token_stride, b_column_stride}, indices,
                 entries, sums, scratch};
   std::memset(sums, 0, static_cast<size_t>(entries) * (dtype == kFloat64 ? 8 : 4));
-  for (int64_t token = 0; entries > 0 && token < tokens; token += tile) {
-    const int64_t count = std::min(tile, tokens - token), padded = (count + kSide - 1) / kSide * kSide;
+  for (int64_t token = 0; token < tokens; token += pass) {
     for (int64_t column = 0; column < columns; column += block) {
-      one_tile(job, {token, count, padded, column, std::min(block, columns - column)}, dtype);
+      one_pass(job, dtype, token, std::min(pass, tokens - token), tile, column, std::min(block, columns - column));
     }
   }
   if (sums != out) store(static_cast<const float*>(sums), out, dtype, 0, entries);

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .nn.linear_cross_entropy import linear_cross_entropy
     from .ops import backends
-    from .peft import LaMDAConfig, SHiRAConfig, export, fuse_adapters, load_adapter
+    from .peft import LaMDAConfig, SHiRAConfig, export, fuse_adapters, load_adapter, save_adapter
     from .report import Report
     from .saving import load, save
 
@@ -77,7 +77,7 @@ _PLACES = {
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
-    "peft": ("LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter"),
+    "peft": ("LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter", "save_adapter"),
     "report": ("Report",),
     "saving": ("load", "save"),
 }
@@ -120,6 +120,7 @@ __all__ = [
     "sample_cache_bytes",
     "sample_ids",
     "save",
+    "save_adapter",
     "saved_bytes",
 ]
 

@@ -217,7 +217,7 @@ def test_works_without_any_optional_package() -> None:
         + """
 import torch, memsave
 from torch import nn
-adapters = {"LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter"}
+adapters = {"LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter", "save_adapter"}
 for name in memsave.__all__:
     try:
         getattr(memsave, name)

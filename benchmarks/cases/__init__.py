@@ -1,10 +1,11 @@
-"""What is measured, as data: the cases of the methods, losses, ops, of kept bytes, of variances and of `estimate`.
+"""What is measured, as data: the cases of methods, adapters, losses, ops, kept bytes, variances and of `estimate`.
 
 The cases of the Triton kernels' tiles are in tiles.py, those that train for long in quality.py.
 """
 
 from __future__ import annotations
 
+from .adapters import ADAPTER_CASES, SWITCH_CASE
 from .case import Case
 from .estimates import ESTIMATE_CASES
 from .kept import KEPT_CASES
@@ -17,6 +18,8 @@ from .variance import VARIANCE_CASES
 CASES: tuple[Case, ...] = (
     *OP_CASES,
     *TRAINING_CASES,
+    *ADAPTER_CASES,
+    SWITCH_CASE,
     *LOSS_CASES,
     *VARIANCE_CASES,
     *ESTIMATE_CASES,

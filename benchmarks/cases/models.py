@@ -77,6 +77,19 @@ demo = partial(
     "LlamaForCausalLM",
     {**_LLAMA, "vocab_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 256},
 )
+# Two layers with the proportions of Llama-3.2-1B at half its width.
+llama_adapted = partial(
+    transformer,
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    {
+        **_LLAMA_NARROW,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
+)
 large_vocabulary = partial(
     transformer,
     "LlamaConfig",

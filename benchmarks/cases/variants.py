@@ -39,7 +39,7 @@ class Variant:
     patches: tuple[str, ...] = ()
 
 
-def _enable_checkpointing(model: nn.Module, **settings: object) -> None:
+def enable_checkpointing(model: nn.Module, **settings: object) -> None:
     # transformers 5 renamed the method; the old name goes away in version 6.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
@@ -60,7 +60,7 @@ def _products() -> list[object]:
 
 
 def _selective_checkpointing(model: nn.Module) -> None:
-    _enable_checkpointing(model, context_fn=partial(create_selective_checkpoint_contexts, _products()))
+    enable_checkpointing(model, context_fn=partial(create_selective_checkpoint_contexts, _products()))
 
 
 def _compile(model: nn.Module) -> None:
@@ -114,7 +114,7 @@ def _nothing(model: nn.Module) -> None:
 
 
 PLAIN = Variant(name="plain", apply=_nothing)
-CHECKPOINT = Variant(name="activation checkpointing", apply=_enable_checkpointing)
+CHECKPOINT = Variant(name="activation checkpointing", apply=enable_checkpointing)
 CHECKPOINT_BLOCKS = Variant(name="activation checkpointing", apply=_checkpoint_blocks)
 # It keeps tensors in a cache of its own, where no saved-tensors hook sees them.
 SELECTIVE = Variant(name="selective checkpointing", apply=_selective_checkpointing, counts_kept=False)

@@ -5,6 +5,7 @@ O, D: features of a layer; K masked entries of one.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +36,41 @@ from .targets import withdraw
 _UNCHANGED = "The model was not changed."
 _PEFT_SHIRA = "SHIRA"
 FORMATS = ("plain", "peft_shira")
+
+
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str = "default", overwrite: bool = False
+) -> None:
+    """Write one adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+    For a `PeftModel` that is what its `save_pretrained` writes; this also serves a model that `convert_model` gave an
+    adapter, where transformers' `save_pretrained` may refuse the installed version of PEFT.
+
+    Args:
+        model: with the adapter.
+        directory: made if absent; must be empty unless `overwrite`.
+        adapter_name: which one.
+
+    Raises:
+        SaveError: there is no such adapter, or the directory is not empty. Nothing was written.
+    """
+    target = Path(directory)
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise SaveError(
+            f"save_adapter: the model has no adapter {adapter_name!r}; it has {sorted(configs)}. Nothing was written."
+        )
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
+        raise SaveError(f"save_adapter: {target} is not an empty directory. Nothing was written.")
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    if not isinstance(model, PeftModel):  # files name modules as a PeftModel does
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    target.mkdir(parents=True, exist_ok=True)
+    packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(packed, target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config = copy.copy(configs[adapter_name])
+    config.inference_mode = True
+    config.save_pretrained(str(target))
 
 
 def load_adapter(

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ...config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
 from ...targets import Named, missed_exclusions, missed_target
-from .targets import is_adaptable, targets_of
+from .targets import in_words, is_adaptable, targets_of
 
 ADAPTER = "default"
 
@@ -67,10 +67,13 @@ class AdapterMethod(MethodConfig):
     def why_not(self, module: nn.Module) -> str | None:
         if self.name in applied_configs(module):
             return None  # by the same adapter, or by one that conflicts
-        return _why_not_adapted(module) or "; ".join(self.problems(module)) or None
+        if reason := _why_not_adapted(module):
+            return reason
+        problems = self.problems(module)
+        return in_words(problems) if problems else None
 
-    def problems(self, model: nn.Module) -> list[str]:
-        """Why targets cannot be adapted, one text for each."""
+    def problems(self, model: nn.Module) -> list[tuple[str, str]]:
+        """(name, reason) of each target that cannot be adapted."""
         raise NotImplementedError
 
     def missed(self, module: nn.Module) -> list[str]:
@@ -96,7 +99,7 @@ class AdapterMethod(MethodConfig):
 
     def within(self, module: nn.Module) -> Sequence[tuple[str, nn.Module]]:
         converted = [(name, m) for name, m in module.named_modules() if isinstance(m, self.layer_class)]
-        return converted or targets_of(self.peft_config, module, self.layer_class)
+        return converted or targets_of(self.peft_config, module)
 
     def convert(self, module: nn.Module) -> nn.Module:
         trained = [name for name, p in module.named_parameters() if p.requires_grad]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftConfig
@@ -12,13 +13,13 @@ from torch import nn
 
 from ...errors import UnsupportedModelError
 from ...nn.linear import is_linear
+from ...report import groups, pattern
 
 
-def targets_of(config: PeftConfig, model: nn.Module, layer_class: type[nn.Module]) -> list[tuple[str, nn.Module]]:
+def targets_of(config: PeftConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The targets by name, also those that carry adapters already; `config` and `model` stay as they are.
 
-    Args:
-        layer_class: the tuner's layer; what lies within a layer of any tuner is no target.
+    What lies within a layer of a tuner, such as LoRA's own linears, is no target.
     """
     known = config
     if isinstance(config.target_modules, str):  # PEFT replaces "all-linear" by the names of the linears
@@ -48,10 +49,16 @@ def is_adaptable(module: nn.Module) -> bool:
     return is_linear(module) or (isinstance(module, nn.Linear) and quantized)
 
 
-def refuse(problems: list[str], label: str) -> None:
-    """Raise UnsupportedModelError for what a tuner found wrong before it touched the model."""
+def refuse(problems: Sequence[tuple[str, str]], label: str) -> None:
+    """Raise UnsupportedModelError for (name, reason) pairs that a tuner found before it touched the model."""
     if problems:
-        raise UnsupportedModelError(f"{label}: {'; '.join(problems)}. The model was not changed.")
+        raise UnsupportedModelError(f"{label} cannot adapt {in_words(problems)}. The model was not changed.")
+
+
+def in_words(problems: Sequence[tuple[str, str]]) -> str:
+    """(name, reason) pairs as text: names with the same reason as one pattern, as in a report."""
+    grouped = groups((reason, name) for name, reason in problems)
+    return "; ".join(f"{pattern(names) or 'the model'}: {reason}" for reason, names in grouped)
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .reference import as_operand, block_rows, operand_bytes, product
+from .blocks import as_operand, block_rows, operand_bytes, product
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DENSE_FROM = {"half": 0.007, "ieee": 0.04, "tf32": 0.007}

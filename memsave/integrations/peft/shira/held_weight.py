@@ -104,7 +104,7 @@ class HeldWeight:
             self.put_back()
         for name in wanted:
             if name not in self.names:
-                self.layer.memsave_shira_originals[name] = self._flat()[self._indices(name)]
+                self.layer.memsave_shira_originals[name] = self._entries(self._flat(), name)
                 self.names.append(name)
             self._flat().index_copy_(0, self._indices(name), self.target(name))
 
@@ -130,7 +130,7 @@ class HeldWeight:
         """(K,) what the weight holds, or is to hold, at the masked entries of adapter `name`."""
         layer = self.layer
         held = layer.memsave_shira_originals
-        originals = held[name] if name in held else self._flat()[self._indices(name)]
+        originals = held[name] if name in held else self._entries(self._flat(), name)
         return (originals + self._delta(name)).to(self.weight.dtype)
 
     def _delta(self, name: str) -> Tensor:
@@ -165,7 +165,7 @@ class HeldWeight:
         if flat is None:
             yield
             return
-        current = [flat[self._indices(name)] for name in self.names]
+        current = [self._entries(flat, name) for name in self.names]
         try:
             for name in reversed(self.names):
                 flat.index_copy_(0, self._indices(name), self.layer.memsave_shira_originals[name].to(flat.dtype))
@@ -209,7 +209,7 @@ class HeldWeight:
             flat = whole.detach().reshape(-1).clone()
         for name in reversed(self.names):
             originals = layer.memsave_shira_originals[name]
-            held = self.target(name) if flat is None else flat[self._indices(name)]
+            held = self.target(name) if flat is None else self._entries(flat, name)
             wide = torch.promote_types(originals.dtype, torch.float32)
             difference = held.to(wide) - originals.to(wide)
             if bool(difference.any()):
@@ -262,6 +262,9 @@ class HeldWeight:
             elif name in layer.memsave_shira_indices:
                 del layer.memsave_shira_indices[name]
             self._masks[name] = (mask, _version(mask))
+
+    def _entries(self, flat: Tensor, name: str) -> Tensor:
+        return flat.index_select(0, self.layer.memsave_shira_indices[name])  # several times as fast as flat[...]
 
     def _indices(self, name: str) -> Tensor:
         return self.layer.memsave_shira_indices[name].long()

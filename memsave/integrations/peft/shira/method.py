@@ -25,7 +25,7 @@ class SHiRAMethod(AdapterMethod):
     config_class: ClassVar[type[SHiRAConfig]] = SHiRAConfig
     layer_class: ClassVar[type[nn.Module]] = SHiRALinear
 
-    def problems(self, model: nn.Module) -> list[str]:
+    def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         return problems(self._with_stored_masks() if self.read else self.peft_config, model)
 
     def rebuild(self, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:

@@ -40,7 +40,7 @@ class SHiRAModel(BaseTuner):
         refuse(problems(peft_config, model), "SHiRA")
         self._chosen: dict[str, Tensor] = {}
         if peft_config.mask in CALIBRATED and peft_config.masks == "select":
-            self._chosen = self._calibrated(peft_config, model, targets_of(peft_config, model, SHiRALinear))
+            self._chosen = self._calibrated(peft_config, model, targets_of(peft_config, model))
 
     def _calibrated(self, config: SHiRAConfig, model: nn.Module, targets: list[tuple[str, Any]]) -> dict[str, Tensor]:
         linears = {name: m.get_base_layer() if isinstance(m, SHiRALinear) else m for name, m in targets}
@@ -99,18 +99,14 @@ class SHiRAModel(BaseTuner):
         return found
 
 
-def problems(config: SHiRAConfig, model: nn.Module) -> list[str]:
-    """Why the adapter cannot be put into `model`, one text for each target that stands in the way; changes nothing."""
+def problems(config: SHiRAConfig, model: nn.Module) -> list[tuple[str, str]]:
+    """(name, reason) of each target that cannot be adapted; changes nothing."""
     found = [
-        f"{name}: {reason}"
-        for name, linear in targets_of(config, model, SHiRALinear)
-        if (reason := why_not(config, name, linear, model))
+        (name, reason) for name, linear in targets_of(config, model) if (reason := why_not(config, name, linear, model))
     ]
     if config.mask in CALIBRATED and config.masks == "select" and config.calibration is None:
-        found.append(
-            f"SHiRAConfig.calibration: a {config.mask} mask is chosen by gradients; expected a list of batches, "
-            "got None"
-        )
+        reason = "is chosen by gradients and needs SHiRAConfig.calibration: expected a list of batches, got None"
+        found.append(("", f"a {config.mask} mask {reason}"))
     return found
 
 

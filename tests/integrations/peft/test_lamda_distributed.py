@@ -1,0 +1,45 @@
+"""The schedule on two gloo processes, DDP and FSDP2: what one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.test_rows import run_processes
+
+from .lamda_worker import MODES, RANKS, train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch is built without gloo"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank left."""
+    folder: Path = tmp_path_factory.mktemp("lamda")
+    run_processes("tests.integrations.peft.lamda_worker", [], RANKS, folder)
+    logs = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("log.*")))
+    found = [folder / f"{rank}.pt" for rank in range(RANKS)]
+    assert all(path.exists() for path in found), logs
+    return [torch.load(path) for path in found]
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_two_processes_do_what_one_does(ranks: list[dict[str, Any]], mode: str) -> None:
+    expected = train("one process")
+    assert expected["frozen"] == [1, 2, 4, 5, 6, 8, 8, 8]
+    for rank in ranks:
+        found = rank[mode]
+        assert found["frozen"] == expected["frozen"] and found["states"] == expected["states"]
+        torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
+        assert found["values"].keys() == expected["values"].keys()
+        for name, value in found["values"].items():
+            torch.testing.assert_close(value, expected["values"][name], rtol=1e-4, atol=1e-5, msg=name)
