@@ -58,7 +58,7 @@ def refuse(problems: Sequence[tuple[str, str]], label: str) -> None:
 def in_words(problems: Sequence[tuple[str, str]]) -> str:
     """(name, reason) pairs as text: names with the same reason as one pattern, as in a report."""
     grouped = groups((reason, name) for name, reason in problems)
-    return "; ".join(f"{pattern(names) or 'the model'}: {reason}" for reason, names in grouped)
+    return "; ".join(f"{pattern(names)}: {reason}" for reason, names in grouped)
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:

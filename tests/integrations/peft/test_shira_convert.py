@@ -308,7 +308,7 @@ def test_a_config_that_was_read_lacks_its_calibration(unchanged: Any) -> None:
     model = unchanged(toy())
     method = config(mask="snip", calibration=[X], calibration_loss=lambda y: y.sum()).as_method()
     again = memsave.MethodConfig.from_json(method.to_json())
-    with pytest.raises(UnsupportedModelError, match="SHiRAConfig.calibration: a snip mask is chosen by gradients"):
+    with pytest.raises(UnsupportedModelError, match="a snip mask is .* needs SHiRAConfig.calibration.*got None"):
         memsave.convert_model(model, again)
 
 
@@ -336,8 +336,8 @@ def test_the_prediction_is_what_a_step_needs() -> None:
     assert estimate.saved_bytes == pytest.approx(measured.saved_bytes, rel=0.01)
 
 
-def test_save_pretrained_writes_the_original_weights(tmp_path: Path) -> None:
-    """With the adapter on: what a plain model loads has no trace of it."""
+def test_the_state_dict_holds_the_original_weights() -> None:
+    """With the adapter on: under the names of a plain model it is that model's, bit for bit."""
     model = converted(llama(), target_modules=PROJECTIONS)
     state = {n.replace("base_layer.", ""): t for n, t in model.state_dict().items() if "shira" not in n}
     assert same(state, dict(llama().state_dict()))
