@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from memsave.peft import SHiRAConfig
+from memsave.peft import LaMDAConfig, SHiRAConfig
 
-TUNERS: list[Any] = [SHiRAConfig]
+TUNERS: list[Any] = [SHiRAConfig, LaMDAConfig]
 
 SETTINGS: list[tuple[str, Any, dict[str, Any]]] = [
     ("shira", SHiRAConfig, {"density": 0.2}),
     ("shira added", SHiRAConfig, {"density": 0.2, "apply": "added"}),
+    ("lamda", LaMDAConfig, {"r": 2, "svd": "exact"}),
 ]
 
 SUITE_CASES: list[tuple[str, str, Any, dict[str, Any]]] = [
