@@ -52,12 +52,18 @@ def suite(folder: str) -> types.ModuleType:
     package = types.ModuleType("peft_tests")
     package.__path__ = [folder]
     sys.modules["peft_tests"] = package
-    # PEFT's helpers import these for tests that are not run here.
+    # PEFT's helpers import these for tests that are not run here; others must not take the stand-ins for the packages.
+    stand_ins = []
     for name, attribute in (("diffusers", "StableDiffusionPipeline"), ("datasets", "load_dataset")):
         if find_spec(name) is None:
             sys.modules[name] = types.ModuleType(name)
             setattr(sys.modules[name], attribute, type(attribute, (), {}))
-    return importlib.import_module("peft_tests.test_custom_models")
+            stand_ins.append(name)
+    try:
+        return importlib.import_module("peft_tests.test_custom_models")
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
 
 
 def ours(function: Callable[..., Any], parameters: dict[str, list[Any]]) -> Callable[..., Any] | None:

@@ -1,4 +1,4 @@
-"""What PEFT's own suite asks of a tuner, on models of our own: run for every tuner of memsave, wherever the tests run."""
+"""What PEFT asks of a tuner, on each of ours: the part of its suite for custom models that is always run."""
 
 from __future__ import annotations
 
