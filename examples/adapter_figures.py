@@ -149,7 +149,7 @@ def _draw_peaks(axes: Axes, results: Sequence[Result]) -> None:
     largest = max(profile.peak_bytes for _, profile in bars) / 2**20
     for category, color in COLORS.items():
         sizes = [profile.by_category[category] / 2**20 for _, profile in bars]
-        label = category if max(sizes) > 0.01 * largest else None
+        label = category if max(sizes) > 0.005 * largest else None
         axes.barh(names, sizes, left=left, color=color, label=label, height=0.7)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for name, end in zip(names, left, strict=True):

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,3 +312,14 @@ def test_an_output_that_is_no_folder_is_refused(
     with pytest.raises(SystemExit):
         finetune_adapters.main(["--text", str(text_folder), "--out", str(tmp_path / "taken")])
     assert "argument --out:" in capsys.readouterr().err
+
+
+def test_the_page_shows_a_committed_run() -> None:
+    """Its table and its sentences are those of benchmarks/results/cpu/adapters_example.json, a `make adapters`."""
+    run = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "adapters_example.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    results = [SimpleNamespace(**result, new_loss=result["new_losses"][-1][1]) for result in run["results"]]
+    assert table(results) in page  # type: ignore[arg-type]
+    words = " ".join(page.split())
+    assert [sentence for sentence in run["in_words"] if sentence not in words] == []
+    assert {result["variant"]: result["learning_rate"] for result in run["results"]} == finetune_adapters.RATES
