@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench quality gpu clean
+.PHONY: help test lint demo adapters bench quality gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed-test ## style and types: ruff check, ruff format --chec
 # Threads that wait for each other without spinning cost nothing on idle cores and save minutes on busy ones.
 demo: $(VENV)/.installed-bench ## train a small language model in every variant; outputs in build/demo
 	@OMP_WAIT_POLICY=passive $(BIN)/python examples/train_text.py --out build/demo $(ARGS)
+
+adapters: $(VENV)/.installed-bench ## fine-tune the demo's model with adapters; outputs in build/adapters
+	@OMP_WAIT_POLICY=passive $(BIN)/python examples/finetune_adapters.py --out build/adapters $(ARGS)
 
 bench: $(VENV)/.installed-bench ## measure every case on this machine; results in benchmarks/results, tables in docs
 	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu $(ARGS)

@@ -79,8 +79,8 @@ def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:
 
 
 def _results_of(folder: Path) -> list[dict[str, Any]]:
-    # demo.json is the output of examples/train_text.py, which draws its own picture.
-    return [result_files.read(path) for path in sorted(folder.glob("*.json")) if path.stem != "demo"]
+    paths = sorted(path for path in folder.glob("*.json") if path.stem not in result_files.OF_EXAMPLES)
+    return [result_files.read(path) for path in paths]
 
 
 def draw_steps(shown: Sequence[dict[str, Any]]) -> Figure:

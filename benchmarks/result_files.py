@@ -21,6 +21,8 @@ from benchmarks.cases.case import Case
 
 FORMAT = 2
 RESULTS = Path(__file__).parent / "results"
+# What the examples write, in a form of their own; they draw their own pictures.
+OF_EXAMPLES = ("demo", "adapters_example")
 _AGAIN = "`make bench` or `make quality`, or `make gpu` on that device"
 _PACKAGES_OF_LOSSES = ("python", "torch", "transformers")
 _KEYS = ("case", "machine", "results", "left_out", "tiny")

@@ -109,10 +109,11 @@ def read_text(folder: Path | None) -> Text:
     if len(contents) < 2:
         raise ValueError(f"{root} holds {len(contents)} text files; at least 2 are needed, one of them for validation")
     train = [content for index, content in enumerate(contents) if index % 10 != 0]
-    return Text(_to_tensor(train), _to_tensor(contents[::10]), source, len(contents))
+    return Text(to_tensor(train), to_tensor(contents[::10]), source, len(contents))
 
 
-def _to_tensor(contents: Sequence[bytes]) -> Tensor:
+def to_tensor(contents: Sequence[bytes]) -> Tensor:
+    """All of them as one 1-D uint8 tensor."""
     return torch.frombuffer(bytearray(b"\n".join(contents)), dtype=torch.uint8)
 
 

@@ -79,6 +79,14 @@ def test_remembered_gradient_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert memsave.sample_cache_bytes(left["model"]) == 4 * 2 * 32
 
 
+def test_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="needs peft (pip install 'memsave[hf]')")
+    left = run_page("adapters.md", tmp_path, monkeypatch, **small_llama())
+    assert {folder.name for folder in tmp_path.iterdir()} == {"first", "second", "third"}
+    assert left["lamda"].get_base_model().model.layers[0].mlp.up_proj.memsave_lamda_S["default"].count_nonzero()
+    assert type(left["base"].model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
 def test_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = run_page("saving.md", tmp_path, monkeypatch)
     applied = list(applied_configs(left["model"].model.layers[0].mlp.up_proj))
