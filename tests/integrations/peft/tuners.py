@@ -11,7 +11,7 @@ TUNERS: list[Any] = [SHiRAConfig, LaMDAConfig]
 SETTINGS: list[tuple[str, Any, dict[str, Any]]] = [
     ("shira", SHiRAConfig, {"density": 0.2}),
     ("shira added", SHiRAConfig, {"density": 0.2, "apply": "added"}),
-    ("lamda", LaMDAConfig, {"r": 2, "svd": "exact"}),
+    ("lamda", LaMDAConfig, {"r": 1, "svd": "exact"}),
 ]
 
 SUITE_CASES: list[tuple[str, str, Any, dict[str, Any]]] = [
