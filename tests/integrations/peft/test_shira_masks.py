@@ -131,7 +131,9 @@ def test_calibration_leaves_the_model_as_it_was(mask: str) -> None:
 def test_missing_calibration(mask: str, unchanged: Any) -> None:
     model = unchanged(Toy())
     for adapt in (lambda c: peft.get_peft_model(model, c), lambda c: memsave.convert_model(model, c)):
-        with pytest.raises(UnsupportedModelError, match=f"a {mask} mask .*SHiRAConfig.calibration.*got None.*not changed"):
+        with pytest.raises(
+            UnsupportedModelError, match=f"a {mask} mask .*SHiRAConfig.calibration.*got None.*not changed"
+        ):
             adapt(config(mask=mask))
 
 

@@ -1,4 +1,4 @@
-"""What PEFT's own suite asks of a tuner, on models of our own: run for every tuner of memsave, wherever the tests run."""
+"""What PEFT's own suite asks of a tuner, on our own models: run for every tuner of memsave, wherever the tests run."""
 
 from __future__ import annotations
 
