@@ -162,6 +162,16 @@ def test_no_gradient_of_a_whole_weight_is_ever_made() -> None:
     assert profile.peak_bytes - profile.baseline_bytes < 256 * 256 * 4 / 4
 
 
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.4])
+def test_the_output_is_the_linears_own(keep_ratio: float) -> None:
+    """Nothing is added to it and nothing is copied."""
+    model, layer = one(nn.Linear(WIDTH, 8), keep_ratio=keep_ratio)
+    places: list[int] = []
+    layer.base_layer.register_forward_hook(lambda module, args, y: places.append(y.data_ptr()))
+    y = model(torch.randn(SHAPE))
+    assert places == [y.data_ptr()] and y.requires_grad
+
+
 def test_values_and_their_optimizer_are_all_that_is_trained() -> None:
     model, layer = one(nn.Linear(64, 64), density=0.01)
     trained = [p for p in model.parameters() if p.requires_grad]
