@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-
-from tests.distributed.test_rows import run_processes
 
 from .lamda_worker import MODES, RANKS, train
+from .processes import left_by, needs_gloo
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch is built without gloo"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank left."""
-    folder: Path = tmp_path_factory.mktemp("lamda")
-    run_processes("tests.integrations.peft.lamda_worker", [], RANKS, folder)
-    logs = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("log.*")))
-    found = [folder / f"{rank}.pt" for rank in range(RANKS)]
-    assert all(path.exists() for path in found), logs
-    return [torch.load(path) for path in found]
+    return left_by("lamda_worker", RANKS, tmp_path_factory.mktemp("lamda"))
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
