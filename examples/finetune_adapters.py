@@ -7,7 +7,8 @@ The byte-level Llama of train_text.py is pretrained for a short while on the Pyt
 variant then goes on from these weights, with the same batches of licenses and descriptions of installed packages, and
 AdamW without weight decay. The variants take their steps in turn, so that whatever else the machine does slows all of
 them alike. The learning rates in RATES are the best of the two or three named there, by the validation loss after one
-run of 50 steps with seed 1. Needs the extras of ``pip install 'memsave[bench]'``.
+run of 50 steps with seed 1 (other windows of the same validation files, --pretrain-steps 400). Needs the extras of
+``pip install 'memsave[bench]'``.
 
 Shapes: B batch, T length of a sequence in bytes.
 """
