@@ -141,7 +141,7 @@ OP_CASES: tuple[OpCase, ...] = (
         "spmm",
         plain=product_with_dense,
         peers={"torch.sparse.mm (CSR)": csr_product, "dense matrix": product_with_dense},
-        title="x S, or x S^T if transposed, for a sparse S; its forms in CSR and dense are made before",
+        title="products with a sparse matrix, x S or x S^T; CSR and dense forms of it are there before",
         inputs=sparse_matrix,
         sizes={
             "cpu": _nrct(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from ctypes import c_int64, c_void_p
 
-import torch
 from torch import Tensor
 
 from .._native import DTYPE_CODES, function
