@@ -19,6 +19,19 @@
 #define MS_INLINE inline
 #endif
 
+// MS_PREFETCH asks for the cache line of an address, which need not be valid. MS_NO_UNROLL stands before a short loop that
+// gcc vectorizes only as long as it is a loop.
+#if defined(__GNUC__)
+#define MS_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define MS_PREFETCH(address) static_cast<void>(address)
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#define MS_NO_UNROLL _Pragma("GCC unroll 1")
+#else
+#define MS_NO_UNROLL
+#endif
+
 // MS_CLONES compiles a function for several instruction sets and picks one when the library is loaded. It needs ifunc,
 // which glibc has. Elsewhere the plain function stays: on ARM the baseline already has vector instructions.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(MS_NO_CLONES) && \
@@ -31,7 +44,7 @@
 namespace memsave {
 
 // Raised with ABI_VERSION in memsave/ops/_native.py by a change of any kernel's arguments.
-constexpr int64_t kAbiVersion = 4;
+constexpr int64_t kAbiVersion = 5;
 
 enum DType : int64_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "row_blocks.h"
+#include "token_tiles.h"
 
 namespace memsave {
 namespace {
@@ -14,12 +15,6 @@ namespace {
 constexpr int64_t kMaxTile = 256;      // tokens
 constexpr int64_t kRows = 32;          // of a that are turned over at once
 constexpr int64_t kGrainElements = 1 << 14, kGrainProducts = 1 << 16, kPieces = 64;
-constexpr int64_t kSide = 16;          // of the squares that are turned over in registers, and lanes of a sum
-
-struct Matrix {
-  const void* values;
-  int64_t columns, token_stride, column_stride;
-};
 
 struct Job {
   Matrix a, b;
@@ -27,49 +22,6 @@ struct Job {
   int64_t entries;
   void *sums, *scratch;
 };
-
-// The tokens and columns that are worked on: `padded` tokens, of which those behind the first `tokens` are zeros. Those of
-// b lie in scratch memory from element `place` on.
-struct Tile {
-  int64_t first_token, tokens, padded, first_column, columns, place;
-};
-
-MS_INLINE float widened(float value) { return value; }
-MS_INLINE double widened(double value) { return value; }
-MS_INLINE float widened(Float16 value) { return Float16::widen(value.bits); }
-MS_INLINE float widened(BFloat16 value) { return BFloat16::widen(value.bits); }
-
-// target[c][t] = source[t][c] for a square whose columns are neighbours in memory.
-template <class T, class Wide>
-MS_INLINE void turn_square(const T* source, int64_t token_stride, Wide* target, int64_t padded) {
-  Wide square[kSide][kSide];
-  for (int64_t t = 0; t < kSide; ++t) {
-    for (int64_t c = 0; c < kSide; ++c) square[t][c] = widened(source[t * token_stride + c]);
-  }
-  for (int64_t c = 0; c < kSide; ++c) {
-    for (int64_t t = 0; t < kSide; ++t) target[c * padded + t] = square[t][c];
-  }
-}
-
-// target[c][t] for columns [begin, end) of a matrix, and the tile's tokens, in the type of the sums.
-template <class T, class Wide>
-MS_INLINE void turn(const Matrix& matrix, const Tile& tile, int64_t begin, int64_t end, Wide* target) {
-  const T* source = static_cast<const T*>(matrix.values) + tile.first_token * matrix.token_stride;
-  const int64_t squares = matrix.column_stride == 1 ? tile.tokens / kSide * kSide : 0;
-  const int64_t whole = matrix.column_stride == 1 ? (end - begin) / kSide * kSide : 0;
-  for (int64_t t = 0; t < squares; t += kSide) {
-    for (int64_t c = 0; c < whole; c += kSide) {
-      turn_square(source + t * matrix.token_stride + begin + c, matrix.token_stride, target + c * tile.padded + t,
-                  tile.padded);
-    }
-  }
-  for (int64_t c = 0; c < end - begin; ++c) {
-    const T* column = source + (begin + c) * matrix.column_stride;
-    Wide* row = target + c * tile.padded;
-    for (int64_t t = c < whole ? squares : 0; t < tile.tokens; ++t) row[t] = widened(column[t * matrix.token_stride]);
-    std::fill(row + tile.tokens, row + tile.padded, Wide(0));
-  }
-}
 
 // sums[0] += the dot product of a row of `a` and a column of b, both turned over.
 template <class Wide>
@@ -215,9 +167,7 @@ MS_EXPORT int64_t ms_sddmm(const void* a, int64_t rows, int64_t a_token_stride, 
                            int64_t tokens, const int32_t* indices, int64_t entries, int64_t tile, int64_t pass,
                            int64_t block, void* scratch, void* sums, void* out) {
   using namespace memsave;
-  for (int64_t j = 0; j < entries; ++j) {
-    if (indices[j] < 0 || indices[j] >= rows * columns || (j > 0 && indices[j] <= indices[j - 1])) return j;
-  }
+  if (const int64_t wrong = first_wrong(indices, entries, rows * columns); wrong >= 0) return wrong;
   if (entries == 0) return -1;
   const Job job{{a, rows, a_token_stride, a_column_stride}, {b, columns, b_token_stride, b_column_stride}, indices,
                 entries, sums, scratch};

@@ -5,6 +5,7 @@ N rows, D input and O output features, V classes, k = KEEP_RATIO * N kept rows. 
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -71,6 +72,33 @@ def products_of_columns(a: Tensor, b: Tensor, indices: Tensor, **_: Any) -> Tens
     rows, columns = indices // b.shape[1], indices % b.shape[1]
     parts = zip(rows.split(GATHERED_ENTRIES), columns.split(GATHERED_ENTRIES), strict=True)
     return torch.cat([(a[:, r] * b[:, c]).sum(0) for r, c in parts])
+
+
+def sparse_matrix(device: str, N: int, R: int, C: int, dtype: torch.dtype, density: float, transposed: bool) -> Inputs:
+    """x (N, C) or (N, R), and a share of the entries of an R x C matrix: as `spmm` takes it, in CSR and dense.
+
+    CSR is of S^T for x S, and in float32 on the CPU, where torch has no other product.
+    """
+    entries = masked_entries(device, 1, R, C, dtype, density)["indices"]
+    generator = _generator(device, 1)
+    x = torch.randn(N, C if transposed else R, generator=generator, device=device, dtype=dtype)
+    values = torch.randn(len(entries), generator=generator, device=device, dtype=dtype)
+    dense = x.new_zeros(R * C).index_put((entries,), values).view(R, C)
+    turned = dense if transposed else dense.t()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        csr = (turned.float() if device == "cpu" else turned).to_sparse_csr()
+    sizes = {"rows": R, "columns": C, "transposed": transposed}
+    return {"x": x, "values": values, "indices": entries, **sizes, "csr": csr, "matrix": dense}
+
+
+def csr_product(x: Tensor, csr: Tensor, **_: Any) -> Tensor:
+    """torch's product of a matrix in CSR, which was made before."""
+    return torch.sparse.mm(csr, x.t().to(csr.dtype)).t().to(x.dtype).contiguous()
+
+
+def product_with_dense(x: Tensor, matrix: Tensor, transposed: bool, **_: Any) -> Tensor:
+    return x @ (matrix.t() if transposed else matrix)
 
 
 def rows_of(device: str, N: int, D: int, dtype: torch.dtype) -> Inputs:

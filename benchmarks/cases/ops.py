@@ -26,6 +26,7 @@ from .op_inputs import (
     check_logits,
     check_norm,
     check_sampled_weight_gradient,
+    csr_product,
     dense,
     draw,
     entries_of_dense,
@@ -41,10 +42,12 @@ from .op_inputs import (
     native_layer_norm_backward,
     norm_inputs,
     product,
+    product_with_dense,
     products_of_columns,
     row_weights,
     rows_of,
     sampled_weight_gradient,
+    sparse_matrix,
     written_logit_gradient,
     written_loss,
     written_norm,
@@ -77,6 +80,7 @@ _LOGIT_SIZES = {
     "cuda": _nv((4096, 128256, BF16), (4096, 128256, FP32)),
 }
 _nrc = sizes("N", "R", "C", "dtype", "density")
+_nrct = sizes("N", "R", "C", "dtype", "density", "transposed")
 _TINY_NV = {"sizes": {device: _nv((64, 96, FP32), (64, 96, BF16)) for device in ("cpu", "cuda")}}
 
 OP_CASES: tuple[OpCase, ...] = (
@@ -131,6 +135,28 @@ OP_CASES: tuple[OpCase, ...] = (
         },
         tiny={
             "sizes": {device: _nrc((256, 48, 32, FP32, 0.02), (256, 48, 32, BF16, 0.1)) for device in ("cpu", "cuda")}
+        },
+    ),
+    for_op(
+        "spmm",
+        plain=product_with_dense,
+        peers={"torch.sparse.mm (CSR)": csr_product, "dense matrix": product_with_dense},
+        title="products with a sparse matrix, x S or x S^T; CSR and dense forms of it are there before",
+        inputs=sparse_matrix,
+        sizes={
+            "cpu": _nrct(
+                *((2048, 2048, 2048, dtype, 0.01, way) for dtype in (FP32, BF16) for way in (True, False)),
+                *((4096, 768, 3072, dtype, 0.01, way) for dtype in (FP32, BF16) for way in (True, False)),
+            ),
+            "cuda": _nrct(
+                *((8192, 4096, 4096, dtype, 0.01, way) for dtype in (BF16, FP32) for way in (True, False)),
+            ),
+        },
+        tiny={
+            "sizes": {
+                device: _nrct((256, 48, 32, FP32, 0.02, True), (256, 48, 32, BF16, 0.1, False))
+                for device in ("cpu", "cuda")
+            }
         },
     ),
     for_op(

@@ -179,8 +179,8 @@ class _SparseLinear(torch.autograd.Function):
 def _sparse_product(x: Tensor, values: Tensor, masked: Masked, features: tuple[int, int], *, backward: bool) -> Tensor:
     """(N, O) = x S^T for x (N, D), or backward (N, D) = x S for x (N, O)."""
     inputs, outputs = features
-    shape = (inputs, outputs) if masked.transposed else (outputs, inputs)
-    return ops.spmm(x, values * masked.scaling, masked.indices, shape, transposed=masked.transposed == backward)
+    rows, columns = (inputs, outputs) if masked.transposed else (outputs, inputs)
+    return ops.spmm(x, values * masked.scaling, masked.indices, rows, columns, masked.transposed == backward)
 
 
 def kept_bytes(input_shape: tuple[int, ...], dtype: torch.dtype, keep: KeepRows | None, *, noted: bool) -> int:

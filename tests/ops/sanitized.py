@@ -48,6 +48,14 @@ def run(op: str) -> None:
             launch(matrix(tokens, 33), matrix(tokens, 17), row_indices(33 * 17, 40))
         for wrong in ([0, -1], [0, 24], [-1, 0], [3, 3], [5, 4], [0, 2**31 - 1]):
             must_refuse(launch, matrix(6, 4), matrix(6, 6), torch.tensor(wrong, dtype=torch.int32))
+    if op == "spmm":
+        for transposed in (False, True):
+            for tokens in [*range(1, 34), 127, 128, 129, 144]:  # every remainder of a square and of a tile
+                x = matrix(tokens, 17 if transposed else 33)
+                launch(x, scales(40), row_indices(33 * 17, 40), 33, 17, transposed)
+            for wrong in ([0, -1], [0, 24], [-1, 0], [3, 3], [5, 4], [0, 2**31 - 1]):
+                x = matrix(6, 6 if transposed else 4)
+                must_refuse(launch, x, scales(2), torch.tensor(wrong, dtype=torch.int32), 4, 6, transposed)
 
 
 def main(library: str, *ops: str) -> None:

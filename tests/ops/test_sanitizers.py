@@ -27,7 +27,8 @@ MISTAKES = {
     ),
     "gated_activation_backward": ("job.pieces.size(piece);", "kBlock;", "heap-buffer-overflow"),
     "gather_rows": ("r < end; ++r", "r <= end; ++r", "heap-buffer-overflow"),
-    "sddmm": ("t < tile.tokens; ++t", "t <= tile.tokens; ++t", "heap-buffer-overflow"),
+    "sddmm": ("std::min(job.a.columns, first + kRows);", "first + kRows;", "heap-buffer-overflow"),
+    "spmm": ("t < tile.tokens; ++t", "t <= tile.tokens; ++t", "heap-buffer-overflow"),
     "draw_rows": ("row < n && found < k", "row < n", "heap-buffer-overflow"),
     "row_inclusion": (
         "1 + static_cast<int32_t>(share)",

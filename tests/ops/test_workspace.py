@@ -132,7 +132,26 @@ def sddmm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found
 
 
-CALLS = sddmm_calls() | calls() | norm_calls() | layer_norm_calls() | bit_calls() | logit_calls()
+def spmm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every dtype, both ways; x of every layout, one row of x or of the result, and few, many and no entries."""
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for dtype in FLOATS:
+        for transposed in (False, True):
+            way = f"{short(dtype)}-{transposed}"
+            for n, r, c, k in ((300, 96, 300, 50), (300, 70, 90, 5000), (1, 70, 4000, 900), (40, 30, 50, 700)):
+                x, v, indices = matrix(n, c if transposed else r, dtype), scales(k), row_indices(r * c, k)
+                args = (indices, r, c, transposed)
+                found[f"spmm-{n}-{k}-{way}"] = "spmm", (x, v.to(dtype), *args)
+                found[f"spmm-mixed-{n}-{k}-{way}"] = "spmm", (x, v, *args)
+                found[f"spmm-turned-{n}-{k}-{way}"] = "spmm", (x.t().contiguous().t(), v, *args)
+                strides = strided(x), strided(v), strided(indices), r, c, transposed
+                found[f"spmm-strided-{n}-{k}-{way}"] = "spmm", strides
+            none = matrix(300, 96, dtype), scales(0), row_indices(96, 0), 96, 96, transposed
+            found[f"spmm-none-{way}"] = "spmm", none
+    return found
+
+
+CALLS = spmm_calls() | sddmm_calls() | calls() | norm_calls() | layer_norm_calls() | bit_calls() | logit_calls()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

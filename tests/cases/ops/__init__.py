@@ -30,10 +30,11 @@ from . import (
     row_inclusion,
     sampled_matmul,
     sddmm,
+    spmm,
 )
 
 _TABLES = (
-    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, sddmm),
+    *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, sddmm, spmm),
     *(rms_norm, rms_norm_backward, layer_norm, layer_norm_backward),
     *(activation, activation_backward, gated_activation, gated_activation_backward),
     *(pack_bits, masked_scale, logit_statistics, logit_statistics_backward),
