@@ -165,6 +165,7 @@ def test_merging_and_back_is_exact(dtype: torch.dtype, apply: str) -> None:
 
 def test_merging_two_and_taking_them_off() -> None:
     plain, model = two()
+    held = weights(model)
     model.merge_adapter(["default", "other"])
     merged = weights(model)
     delta = {n: merged[n] - p for n, p in weights(plain).items()}
@@ -172,6 +173,7 @@ def test_merging_two_and_taking_them_off() -> None:
         expected = layer.get_delta_weight("default").to_dense() + layer.get_delta_weight("other").to_dense()
         torch.testing.assert_close(delta[f"{name}.weight"], expected.detach())
     model.unmerge_adapter()
+    assert same(weights(model), held)  # at once, not at the next forward
     model.set_adapter("other")
     assert same(weights(model.unload()), weights(plain))
 
