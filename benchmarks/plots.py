@@ -57,8 +57,8 @@ class Plot:
             self.draw(self.shown).savefig(drawn, dpi=100)
             notes.add_text(DIGEST, self.digest())
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # 256 colours are enough for curves and bars, and the file is several times smaller.
-            Image.open(drawn).convert("RGB").quantize(256).save(self.path, pnginfo=notes)
+            # 64 colours are enough for curves and bars, and the file is several times smaller.
+            Image.open(drawn).convert("RGB").quantize(64).save(self.path, pnginfo=notes, optimize=True)
 
 
 def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:

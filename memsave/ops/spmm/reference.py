@@ -1,8 +1,8 @@
 """Plain PyTorch implementation of `spmm`: torch's own sparse product.
 
 N rows; S is (R, C) with K entries. torch has no sparse product of 16-bit numbers on the CPU, so these are widened. x is
-turned over first: without that the product took 2.5 to 20 times as long there. A matrix in rows or columns (CSR, CSC)
-is faster still, but torch warns of these as unfinished.
+turned over first: without that the product took 2 to 18 times as long there. A matrix in CSR is faster
+still, but torch warns of it as unfinished.
 """
 
 from __future__ import annotations
