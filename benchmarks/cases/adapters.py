@@ -119,6 +119,7 @@ _lora_16 = partial(_lora, cast=False)
 FULL = AdapterVariant(name="full fine-tuning", apply=_all_trained)
 LORA = AdapterVariant(name="PEFT LoRA, r = 16, its default float32 adapters", apply=partial(_lora, cast=True))
 LORA_16 = AdapterVariant(name="PEFT LoRA, adapters in the model's dtype", apply=_lora_16)
+LORA_EXACT = AdapterVariant(name="PEFT LoRA in the model's dtype + memsave exact", apply=partial(_with, _lora_16))
 LORA_FA = AdapterVariant(name="PEFT LoRA-FA", apply=_lora_16, optimizer=_lora_fa)
 PEFT_SHIRA = AdapterVariant(name="PEFT SHIRA, as many values as LoRA", apply=_peft_shira)
 SHIRA = AdapterVariant(name="memsave SHiRA, as many values as LoRA", apply=_shira_of_rank)
@@ -129,7 +130,7 @@ LAMDA_EXACT = AdapterVariant(name="memsave LaMDA + exact", apply=partial(_with, 
 LAMDA_ALL = AdapterVariant(name="memsave LaMDA + exact + all", apply=partial(_with, _lamda, every=True))
 
 _VARIANTS = (
-    *(FULL, LORA, LORA_16, LORA_FA, PEFT_SHIRA),
+    *(FULL, LORA, LORA_16, LORA_EXACT, LORA_FA, PEFT_SHIRA),
     *(SHIRA, SHIRA_1, SHIRA_EXACT, LAMDA, LAMDA_EXACT, LAMDA_ALL),
 )
 _TOY = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
