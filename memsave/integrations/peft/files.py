@@ -20,7 +20,9 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -238,6 +240,16 @@ def export(
 
 
 def _export_plain(model: nn.Module, target: Path) -> None:
+    others = [
+        path
+        for path, m in model.named_modules()
+        if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not hasattr(m, "merged_weight")
+    ]
+    if others:
+        raise SaveError(
+            f"export: {others[0]} is a {type(model.get_submodule(others[0])).__name__}, which memsave cannot merge; "
+            "use PEFT's merge_and_unload() and save what it returns. Nothing was written."
+        )
     merged = dict(_merged_state(model))
     tensors, _ = tensors_of(merged)
     target.mkdir(parents=True, exist_ok=True)

@@ -192,6 +192,15 @@ def test_export_as_a_plain_checkpoint(apply: str, tmp_path: Path) -> None:
         memsave.export(tuned, "plain", tmp_path)
 
 
+def test_what_memsave_cannot_merge_is_not_exported(tmp_path: Path) -> None:
+    whole = peft.get_peft_model(Toy(), config(target_modules=["q"], modules_to_save=["out"]))
+    lora = peft.get_peft_model(Toy(), peft.LoraConfig(target_modules=["q"]))
+    for model, kind in ((whole, "out is a ModulesToSaveWrapper"), (lora, "q is a Linear")):
+        with pytest.raises(SaveError, match=f"export: {kind}, which memsave cannot merge.*Nothing was written"):
+            memsave.export(model, "plain", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
 def test_wrong_exports(tmp_path: Path) -> None:
     model = adapted(plain_toy())
     with pytest.raises(ValueError, match="expected one of .'plain', 'peft_shira'., got 'onnx'"):
