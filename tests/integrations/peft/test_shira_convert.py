@@ -356,3 +356,18 @@ def test_copies_of_a_converted_model_are_restored_alone() -> None:
     memsave.restore_model(twin, adapters="drop")
     assert same(weights(twin), weights(toy())) and len(layers(model)) == 1 and not layers(twin)
     assert not torch.equal(model(X), twin(X))
+
+
+@pytest.mark.parametrize("mask", ["random", "magnitude", "struct", "gradient", "snip"])
+def test_large_masks_are_predicted(mask: str) -> None:
+    """What chooses the entries needs values, which the tensors of the prediction do not have; small ones do."""
+    x = torch.randn(4, 512)
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    settings = {"calibration": [x], "calibration_loss": lambda y: y.sum()} if mask in ("gradient", "snip") else {}
+    report = memsave.convert_model(
+        model, SHiRAConfig(mask=mask, density=0.3, target_modules=["0"], **settings), batch=x
+    )
+    kept = memsave.saved_bytes(lambda: model(x))
+    assert report.estimate is not None and report.estimate.kept_bytes == (2 * x.nbytes, kept) and kept == x.nbytes
+    measured = memsave.measure(lambda: model(x).sum().backward())
+    assert memsave.estimate(model, x).peak_bytes == measured.peak_bytes

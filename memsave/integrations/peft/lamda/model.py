@@ -62,7 +62,7 @@ class LaMDAModel(BaseTuner):
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter does not train until it is activated
-            self._replace_module(parent, target_name, layer, target)
+            setattr(parent, target_name, layer)  # PEFT's own way moves the factors, which are in their place, again
         storage.watch_record(self.model, layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

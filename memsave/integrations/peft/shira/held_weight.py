@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ....errors import MemsaveError
@@ -88,7 +89,9 @@ class HeldWeight:
                 if wanted != self.names:
                     self.put_back()
                     self._switches += 1
-                self._write(wanted)
+                # A copy with fake tensors holds what its model held: a real step does not write in forward.
+                if wanted != self.names or force or not is_fake(self.weight):
+                    self._write(wanted)
             self._seen = [weakref.ref(x) if isinstance(x, Tensor) else x for x in self._state()]
             self._known = weakref.ref(self.weight)
 
@@ -236,6 +239,10 @@ class HeldWeight:
             self.layer.memsave_shira_baked.clear()
         self._seen = None
 
+    def let_go(self) -> None:
+        """The tensors are about to be moved or cast; torch cannot swap those that are weakly referenced."""
+        self._seen = self._known = None
+
     def changed(self) -> None:
         """The tensors were moved or cast: the masks are the same, the sums must be rounded again."""
         self._known = weakref.ref(self.weight)
@@ -250,9 +257,14 @@ class HeldWeight:
             before = self._masks.get(name)
             if mask.is_meta or (before is not None and before[0] is mask and before[1] == _version(mask)):
                 continue
+            stored = layer.stored_masks[name]
+            if is_fake(self.weight):
+                if name not in layer.memsave_shira_indices:
+                    layer.memsave_shira_indices[name] = mask.new_zeros((stored.count,), dtype=torch.int32)
+                self._masks[name] = (mask, _version(mask))
+                continue
             if name in self.names:
                 self.put_back()
-            stored = layer.stored_masks[name]
             if bool(mask.any()):
                 try:
                     indices = stored.indices(mask)
@@ -303,8 +315,13 @@ class HeldWeight:
 
 def is_plain(weight: Tensor) -> bool:
     """Whether values can be written into `weight`: not into shards, subclasses and quantized numbers."""
-    known = type(weight) in (Tensor, nn.Parameter) or type(weight).__name__ == "FakeTensor"
+    known = type(weight) in (Tensor, nn.Parameter) or is_fake(weight)
     return known and weight.is_floating_point() and not hasattr(weight, "ds_id") and weight.is_contiguous()
+
+
+def is_fake(weight: Tensor) -> bool:
+    """Whether `weight` is one of `memsave.estimate`, which has a size but no values."""
+    return isinstance(weight, FakeTensor)
 
 
 def _whole(values: Tensor) -> Tensor:

@@ -284,6 +284,7 @@ class SHiRALinear(nn.Module, BaseTunerLayer):
         return "shira." + super().__repr__()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SHiRALinear:
+        self.held.let_go()
         super()._apply(fn, recurse)
         self.held.changed()
         return self

@@ -13,7 +13,7 @@ from ....nn.converted import why_not_in_place
 from ....nn.sparse_mask import gradient_masks, largest, struct_indices
 from ..targets import is_adaptable, refuse, targets_of
 from .config import CALIBRATED, SHiRAConfig
-from .held_weight import is_plain
+from .held_weight import is_fake, is_plain
 from .layer import SHiRALinear, weight_shape
 from .stored_mask import RANDOM, StoredMask, seed_of_layer, why_not_masked
 
@@ -40,7 +40,9 @@ class SHiRAModel(BaseTuner):
         refuse(problems(peft_config, model), "SHiRA")
         self._chosen: dict[str, Tensor] = {}
         if peft_config.mask in CALIBRATED and peft_config.masks == "select":
-            self._chosen = self._calibrated(peft_config, model, targets_of(peft_config, model))
+            targets = targets_of(peft_config, model)
+            if not any(is_fake(weight_of(module)) for _, module in targets):
+                self._chosen = self._calibrated(peft_config, model, targets)
 
     def _calibrated(self, config: SHiRAConfig, model: nn.Module, targets: list[tuple[str, Any]]) -> dict[str, Tensor]:
         linears = {name: m.get_base_layer() if isinstance(m, SHiRALinear) else m for name, m in targets}
@@ -71,10 +73,12 @@ class SHiRAModel(BaseTuner):
             layer.train(target.training)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # a further adapter is not trained before it is made active
-            self._replace_module(parent, target_name, layer, target)
+            setattr(parent, target_name, layer)  # PEFT's own way moves the values, which are in their place, again
 
     def _code(self, config: SHiRAConfig, layer: SHiRALinear, mask: StoredMask, name: str) -> Tensor:
         """The code of the mask of one layer."""
+        if is_fake(weight_of(layer)):  # of `memsave.estimate`: the sizes are all that counts
+            return mask.unknown()
         if mask.kind == RANDOM:
             return mask.of_seed(seed_of_layer(config.seed, name))
         if config.masks == "stored":
@@ -97,6 +101,10 @@ class SHiRAModel(BaseTuner):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_loadable(model, adapter_name, found)
         return found
+
+
+def weight_of(module: Any) -> Tensor:
+    return module.get_base_layer().weight if isinstance(module, SHiRALinear) else module.weight
 
 
 def problems(config: SHiRAConfig, model: nn.Module) -> list[tuple[str, str]]:
