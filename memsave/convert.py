@@ -20,8 +20,9 @@ from .errors import (
     UnsupportedModelError,
     raise_all,
 )
-from .planning import kind_of, names_by_module, plan_changes, problems_of_defaults, skipped
+from .planning import kind_of, plan_changes, problems_of_defaults, skipped
 from .report import NOT_A_MODEL, Estimate, Report, group_rows
+from .targets import names_by_module
 from .wrappers import wrapping
 
 _UNCHANGED = "The model was not changed."

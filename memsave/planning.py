@@ -27,14 +27,6 @@ class Plan:
     problems: list[MemsaveError] = field(default_factory=list)
 
 
-def names_by_module(model: nn.Module) -> list[Named]:
-    """Every module once, in order, with every qualified name that it has."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        found.setdefault(id(module), (module, []))[1].append(name)
-    return [Named(module, names) for module, names in found.values()]
-
-
 def kind_of(module: nn.Module) -> str:
     return base_class(module).__name__
 

@@ -22,6 +22,14 @@ class Named(NamedTuple):
     names: Sequence[str]
 
 
+def names_by_module(model: nn.Module) -> list[Named]:
+    """Every module once, in order, with every qualified name that it has."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), (module, []))[1].append(name)
+    return [Named(module, names) for module, names in found.values()]
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class that `module` had before it was converted."""
     return getattr(type(module), "_memsave_base", type(module))

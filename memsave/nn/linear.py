@@ -29,7 +29,7 @@ from .grad_norms import GradNormCache, Visit, warn_of_compiler
 from .lazy_logits import LazyOutput, lazy_linear
 from .note import Recipe
 from .rerun import BackwardDraw, asked_of
-from .rows import KeepRows, Sample, draw_sample, poison, sample_of
+from .rows import KeepRows, Sample, draw_sample, kept_bytes, poison, sample_of
 
 
 class ConvertedLinear(Converted):
@@ -144,21 +144,15 @@ class ConvertedLinear(Converted):
         return y + zero.view_as(y)
 
     def kept_bytes(self, input_shape: tuple[int, ...], dtype: torch.dtype, *, noted: bool = False) -> int:
-        """Bytes that one training forward keeps, parameters not counted.
+        """Bytes that one training forward keeps, parameters not counted: see `rows.kept_bytes`.
 
-        Whole input: N * D elements, or none with a note. Sampled: 8 bytes (index and scale) for each of k rows, D
-        elements (the poison), and k * D elements, which a note saves. Not counted are the note's own tensors: the
-        norm's input, which the norm keeps anyway, and a copy of its weight and bias.
+        Not counted are the note's own tensors: the norm's input, which the norm keeps anyway, and a copy of its weight
+        and bias.
         """
         if not self.weight.requires_grad:
             return 0
-        *leading, features = input_shape
-        num_rows = prod(leading)
-        keep = self._keep_rows(num_rows)
-        if keep is None:
-            return 0 if noted else num_rows * features * dtype.itemsize
-        k = keep.num_rows(num_rows)
-        return k * 8 + (1 if noted else k + 1) * features * dtype.itemsize
+        keep = self._keep_rows(prod(input_shape[:-1]))
+        return kept_bytes(input_shape, dtype, keep, noted=noted)
 
 
 class _Shared(NamedTuple):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -181,13 +180,3 @@ def _sparse_product(x: Tensor, values: Tensor, masked: Masked, features: tuple[i
     inputs, outputs = features
     rows, columns = (inputs, outputs) if masked.transposed else (outputs, inputs)
     return ops.spmm(x, values * masked.scaling, masked.indices, rows, columns, masked.transposed == backward)
-
-
-def kept_bytes(input_shape: tuple[int, ...], dtype: torch.dtype, keep: KeepRows | None, *, noted: bool) -> int:
-    """Bytes of x that are kept for the gradient of the values, as the one linear counts them."""
-    *leading, features = input_shape
-    num_rows = prod(leading)
-    if keep is None:
-        return 0 if noted else num_rows * features * dtype.itemsize
-    k = keep.num_rows(num_rows)
-    return k * 8 + (1 if noted else k + 1) * features * dtype.itemsize

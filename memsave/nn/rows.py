@@ -9,6 +9,7 @@ sampling without replacement with probabilities proportional to size and Horvitz
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -147,3 +148,17 @@ def sample_of(
         _held.add(sample)
     sample.readers.add(reader)
     return sample
+
+
+def kept_bytes(input_shape: tuple[int, ...], dtype: torch.dtype, keep: KeepRows | None, *, noted: bool) -> int:
+    """Bytes that are kept of the input of a linear whose weight, or a part of it, is trained.
+
+    Whole input: N * D elements, or none with a note. Sampled: 8 bytes (index and scale) for each of k rows, D elements
+    (the poison), and k * D elements, which a note saves.
+    """
+    *leading, features = input_shape
+    num_rows = prod(leading)
+    if keep is None:
+        return 0 if noted else num_rows * features * dtype.itemsize
+    k = keep.num_rows(num_rows)
+    return k * 8 + (1 if noted else k + 1) * features * dtype.itemsize

@@ -15,7 +15,7 @@ from torch import nn
 from typing_extensions import Self
 
 from ...config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
-from ...targets import Named, missed_exclusions, missed_target
+from ...targets import missed_exclusions, missed_target, names_by_module
 from .targets import in_words, is_adaptable, targets_of
 
 ADAPTER = "default"
@@ -74,7 +74,7 @@ class AdapterMethod(MethodConfig):
 
     def problems(self, model: nn.Module) -> list[tuple[str, str]]:
         """(name, reason) of each target that cannot be adapted."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define problems(model)")
 
     def missed(self, module: nn.Module) -> list[str]:
         config = self.peft_config
@@ -84,18 +84,14 @@ class AdapterMethod(MethodConfig):
             return (
                 [] if config.target_modules else [f"{self.label}.target_modules: expected names of linears, got None"]
             )
-        filters = _Filter(target_modules=_names(config.target_modules), exclude_modules=_names(config.exclude_modules))
-        found: dict[int, tuple[nn.Module, list[str]]] = {}
-        for name, inner in module.named_modules(remove_duplicate=False):
-            found.setdefault(id(inner), (inner, []))[1].append(name)
-        modules = [Named(inner, names) for inner, names in found.values()]
+        filters = _Filter.of(self)
+        modules = names_by_module(module)
         hits = Counter(
             entry for m in modules if is_adaptable(m.module) for n in m.names for entry in filters.entries(n)
         )
         wanted = [filters.target_modules] if isinstance(filters.target_modules, str) else filters.target_modules or ()
         missed = [missed_target(filters, entry, None, modules) for entry in wanted if not hits[entry]]
-        missed += missed_exclusions(filters, modules)
-        return [text.replace(_Filter.__name__, self.label).replace(_Filter.name, self.name) for text in missed]
+        return missed + missed_exclusions(filters, modules)
 
     def within(self, module: nn.Module) -> Sequence[tuple[str, nn.Module]]:
         converted = [(name, m) for name, m in module.named_modules() if isinstance(m, self.layer_class)]
@@ -108,8 +104,6 @@ class AdapterMethod(MethodConfig):
         if hasattr(module, "_hf_peft_config_loaded"):
             # What transformers' add_adapter does, which refuses some versions of PEFT that serve as well.
             module.__dict__["_hf_peft_config_loaded"] = True
-            for layer in (m for m in module.modules() if isinstance(m, BaseTunerLayer)):
-                layer.set_adapter(ADAPTER)
         module.__dict__["_memsave_before_adapters"] = (trained, loaded)
         return module
 
@@ -155,10 +149,20 @@ class AdapterMethod(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class _Filter(TargetedConfig):
-    """The targets of an adapter, for the messages about those that match nothing."""
+    """The targets of an adapter, for the messages about those that match nothing; it speaks in the adapter's name."""
 
-    name: ClassVar[str] = "the-adapter"
     guarantee: ClassVar[Guarantee] = Guarantee.ADAPTER
+
+    @classmethod
+    def of(cls, method: AdapterMethod) -> Self:
+        config = method.peft_config
+        made = cls(target_modules=_names(config.target_modules), exclude_modules=_names(config.exclude_modules))
+        made.__dict__.update(name=method.name, _label=method.label)
+        return made
+
+    @property
+    def label(self) -> str:
+        return str(self.__dict__["_label"])
 
     def candidate(self, module: nn.Module) -> bool:
         return is_adaptable(module)

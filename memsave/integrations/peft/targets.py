@@ -74,4 +74,6 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
                     layer.delete_adapter(adapter_name)
             if not layer._all_available_adapter_names():
                 setattr(parent, name, layer.unload_and_optionally_merge_module(False, False, None))
-    getattr(model, "peft_config", {}).pop(adapter_name, None)
+    for module in model.modules():
+        if isinstance(configs := module.__dict__.get("peft_config"), dict):
+            configs.pop(adapter_name, None)

@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ....errors import LoadError
+from ..targets import withdraw
 from .config import LaMDAConfig
 from .layer import LaMDALinear, on_record
 
@@ -94,15 +95,7 @@ def remember(model: nn.Module) -> None:
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter out of `model` as if it had never been there; layers without adapters give way to their bases."""
-    for name, layer in layers_with(model, adapter_name).items():
-        layer.delete_adapter(adapter_name)  # type: ignore[operator]
-        if not layer.memsave_lamda_S:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config")
-        if isinstance(configs, dict):
-            configs.pop(adapter_name, None)
+    withdraw(model, adapter_name)
     if any(isinstance(module, LaMDALinear) for module in model.modules()):
         return
     for module in model.modules():

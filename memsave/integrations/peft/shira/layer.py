@@ -21,8 +21,8 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .... import ops
-from ....nn.masked_values import Masked, kept_bytes, sparse_linear, with_gradient_of_values
-from ....nn.rows import KeepRows
+from ....nn.masked_values import Masked, sparse_linear, with_gradient_of_values
+from ....nn.rows import KeepRows, kept_bytes
 from .config import SHiRAConfig
 from .held_weight import HeldWeight
 from .stored_mask import StoredMask
