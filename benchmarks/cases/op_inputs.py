@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memsave import ops
 from memsave.nn.rows import KeepRows
+from memsave.ops.activation import Activation
 from memsave.ops.rms_norm import Style
 from tests.harness import assert_same, assert_within_budget
 
@@ -90,6 +91,46 @@ def sparse_matrix(device: str, N: int, R: int, C: int, dtype: torch.dtype, densi
         csr = (turned.float() if device == "cpu" else turned).to_sparse_csr()
     sizes = {"rows": R, "columns": C, "transposed": transposed}
     return {"x": x, "values": values, "indices": entries, **sizes, "csr": csr, "matrix": dense}
+
+
+def low_rank_block(
+    device: str,
+    N: int,
+    F: int,
+    R1: int,
+    R: int,
+    dtype: torch.dtype,
+    activation: str,
+    gated: bool,
+) -> Inputs:
+    """p_gate (N, R1), expand_gate (F, R1), bias_gate (F,) of a plain block; p_up and expand_up of a gated one, which
+    has no biases, with R2 = R1; reduce_down (R, F)."""
+    generator = _generator(device)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+    inputs: Inputs = {"p_gate": normal(N, R1), "expand_gate": normal(F, R1, scale=R1**-0.5)}
+    inputs |= {"bias_gate": None if gated else normal(F), "bias_up": None}
+    inputs |= {"p_up": normal(N, R1) if gated else None}
+    inputs |= {"expand_up": normal(F, R1, scale=R1**-0.5) if gated else None}
+    return inputs | {"reduce_down": normal(R, F, scale=F**-0.5), "kind": int(Activation[activation.upper()])}
+
+
+def written_low_rank_block(
+    p_gate: Tensor,
+    expand_gate: Tensor,
+    bias_gate: Tensor | None,
+    p_up: Tensor | None,
+    expand_up: Tensor | None,
+    reduce_down: Tensor,
+    kind: int,
+    **_: Any,
+) -> Tensor:
+    """As models write it: the hidden activations of all rows are there."""
+    gate = F.linear(p_gate, expand_gate, bias_gate)
+    h = F.silu(gate) if kind == Activation.SILU else F.gelu(gate)
+    return F.linear(h if p_up is None or expand_up is None else h * F.linear(p_up, expand_up), reduce_down)
 
 
 def csr_product(x: Tensor, csr: Tensor, **_: Any) -> Tensor:

@@ -20,6 +20,7 @@ from .activations import (
     torchs_backward,
 )
 from .activations import written_product as written_gated
+from .attention import dense_attention, rebuilt_attention, token_inputs
 from .op_case import Aim, Contender, OpCase, for_op, sizes
 from .op_inputs import (
     check_layer_norm,
@@ -35,6 +36,7 @@ from .op_inputs import (
     gather,
     layer_norm_inputs,
     logit_inputs,
+    low_rank_block,
     masked_entries,
     masked_inputs,
     matrices,
@@ -50,6 +52,7 @@ from .op_inputs import (
     sparse_matrix,
     written_logit_gradient,
     written_loss,
+    written_low_rank_block,
     written_norm,
     written_product,
 )
@@ -80,7 +83,9 @@ _LOGIT_SIZES = {
     "cuda": _nv((4096, 128256, BF16), (4096, 128256, FP32)),
 }
 _nrc = sizes("N", "R", "C", "dtype", "density")
+_nfr = sizes("N", "F", "R1", "R", "dtype", "activation", "gated")
 _nrct = sizes("N", "R", "C", "dtype", "density", "transposed")
+_s = sizes("S", "dtype")
 _TINY_NV = {"sizes": {device: _nv((64, 96, FP32), (64, 96, BF16)) for device in ("cpu", "cuda")}}
 
 OP_CASES: tuple[OpCase, ...] = (
@@ -213,6 +218,22 @@ OP_CASES: tuple[OpCase, ...] = (
         **_ACTIVATION,
     ),
     for_op(
+        "low_rank_mlp",
+        plain=written_low_rank_block,
+        peers={"hidden activations of all rows": written_low_rank_block},
+        title="a feed-forward block between its factors, ranks R1 (of gate and up) and R",
+        inputs=low_rank_block,
+        sizes={
+            "cpu": _nfr((4096, 3072, 307, 307, FP32, "gelu", False)),
+            "cuda": _nfr(
+                (4096, 8192, 819, 819, BF16, "silu", True),
+                (4096, 8192, 816, 816, BF16, "silu", True),
+                (4096, 3072, 307, 307, FP32, "gelu", False),
+            ),
+        },
+        tiny={"sizes": {device: _nfr((256, 48, 12, 20, FP32, "silu", True)) for device in ("cpu", "cuda")}},
+    ),
+    for_op(
         "pack_bits",
         peers={},
         title="a mask in one bit per element",
@@ -246,6 +267,18 @@ OP_CASES: tuple[OpCase, ...] = (
         check=check_layer_norm,
         sizes=_NORM_SIZES,
         tiny=_TINY_ND,
+    ),
+    for_op(
+        "low_rank_attention",
+        plain=rebuilt_attention,
+        peers={"keys and values rebuilt in full": rebuilt_attention, "cache of full keys and values": dense_attention},
+        title="attention of one token of a Llama-3.2-1B to S keys, keys and values in rank space (R = 205)",
+        inputs=token_inputs,
+        sizes={
+            "cpu": _s(*((s, FP32) for s in (512, 4096, 16384))),
+            "cuda": _s(*((s, BF16) for s in (512, 4096, 16384))),
+        },
+        tiny={"sizes": {device: _s((64, FP32)) for device in ("cpu", "cuda")}},
     ),
     for_op(
         "logit_statistics",

@@ -24,10 +24,12 @@ from .op_inputs import (
     dense,
     entries_of_dense,
     gather,
+    low_rank_block,
     masked_entries,
     matrices,
     product,
     rows_of,
+    written_low_rank_block,
     written_product,
 )
 from .ops import BF16, FP32
@@ -58,6 +60,17 @@ SDDMM_TILES = (
     (64, 64, 4),
     (64, 128, 8),
 )
+# BLOCK_N, BLOCK_F, BLOCK_R, warps, stages
+MORE_MLP_TILES = (
+    (16, 64, 64, 4, 2),
+    (16, 64, 64, 8, 2),
+    (32, 64, 64, 4, 3),
+    (32, 64, 64, 8, 2),
+    (64, 32, 32, 8, 2),
+    (128, 32, 32, 8, 2),
+    (128, 64, 64, 8, 2),
+)
+_mlp_sizes = sizes("N", "F", "R1", "R", "dtype", "activation", "gated")
 _matmul_sizes, _gather_sizes = sizes("N", "D", "O", "dtype"), sizes("N", "D", "dtype")
 _sddmm_sizes = sizes("N", "R", "C", "dtype", "density")
 
@@ -74,19 +87,34 @@ def changed(module: ModuleType, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def matmul_tile(*tile: int) -> Iterator[None]:
-    """`sampled_matmul` with one tile: the only one in the list, which deterministic mode takes without tuning."""
-    triton = import_module("memsave.ops.sampled_matmul.triton")
+def without_tuning() -> Iterator[None]:
+    """Deterministic mode, where kernels take the first tile of their list."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    with changed(triton, CONFIGS={size: [triton._config(*tile)] for size in triton.CONFIGS}):
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # filling takes time
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-            torch.utils.deterministic.fill_uninitialized_memory = fills
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling takes time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@contextmanager
+def matmul_tile(*tile: int) -> Iterator[None]:
+    """`sampled_matmul` with one tile: the only one in the list."""
+    triton = import_module("memsave.ops.sampled_matmul.triton")
+    with changed(triton, CONFIGS={size: [triton._config(*tile)] for size in triton.CONFIGS}), without_tuning():
+        yield
+
+
+@contextmanager
+def mlp_tile(*tile: int) -> Iterator[None]:
+    """`low_rank_mlp` with one tile for every R."""
+    triton = import_module("memsave.ops.low_rank_mlp.triton")
+    only = {size: dict.fromkeys(lists, [triton._config(*tile)]) for size, lists in triton.CONFIGS.items()}
+    with changed(triton, CONFIGS=only), without_tuning():
+        yield
 
 
 @contextmanager
@@ -122,6 +150,19 @@ def _listed_tiles() -> list[tuple[int, ...]]:
     return [
         (c.kwargs["BLOCK_O"], c.kwargs["BLOCK_D"], c.kwargs["BLOCK_K"], c.num_warps, c.num_stages)
         for listed in configs.values()
+        for c in listed
+    ]
+
+
+def _listed_mlp_tiles() -> list[tuple[int, ...]]:
+    """The tiles that `low_rank_mlp` chooses among, for any dtype and R."""
+    if find_spec("triton") is None:
+        return []
+    configs = import_module("memsave.ops.low_rank_mlp.triton").CONFIGS
+    return [
+        (*c.kwargs.values(), c.num_warps, c.num_stages)
+        for lists in configs.values()
+        for listed in lists.values()
         for c in listed
     ]
 
@@ -162,6 +203,15 @@ def check_entries(**inputs: Any) -> None:
     assert_within_budget(entries(**inputs), entries_of_dense(**in_fp64(inputs)), entries_of_dense(**inputs))
 
 
+def block(**inputs: Any) -> Any:
+    names = ("p_gate", "expand_gate", "bias_gate", "p_up", "expand_up", "bias_up", "reduce_down", "kind")
+    return ops.low_rank_mlp(*map(inputs.get, names))  # type: ignore[arg-type]
+
+
+def check_block(**inputs: Any) -> None:
+    assert_within_budget(block(**inputs), written_low_rank_block(**in_fp64(inputs)), written_low_rank_block(**inputs))
+
+
 def check_gather(**inputs: Any) -> None:
     assert_same(gather(**inputs), inputs["x"][inputs["rows"]])
 
@@ -193,6 +243,31 @@ def tile_cases() -> tuple[OpCase, ...]:
                 )
             },
             tiny={"sizes": {device: _matmul_sizes((256, 32, 48, FP32)) for device in ("cpu", "cuda")}},
+        ),
+        OpCase(
+            name="tiles_low_rank_mlp",
+            title="tiles (N x F x R1 x warps x stages; * is listed in the kernel, for some R) of low_rank_mlp",
+            devices=("cpu", "cuda"),
+            expected_s=60.0,
+            inputs=low_rank_block,
+            contenders=(
+                Contender(name="hidden activations of all rows", call=written_low_rank_block),
+                Contender(name="plain PyTorch", call=block, within=ops.use_reference),
+                Contender(name="tuned", call=block),
+                *_tiles(_listed_mlp_tiles(), MORE_MLP_TILES, mlp_tile, block),
+            ),
+            check=check_block,
+            sizes={
+                "cuda": _mlp_sizes(
+                    (4096, 8192, 819, 819, BF16, "silu", True),
+                    (4096, 8192, 816, 816, BF16, "silu", True),
+                    (4096, 8192, 512, 512, BF16, "silu", True),
+                    (4096, 3072, 256, 256, BF16, "gelu", False),
+                    (4096, 3072, 128, 128, BF16, "gelu", False),
+                    (4096, 3072, 307, 307, FP32, "gelu", False),
+                )
+            },
+            tiny={"sizes": {device: _mlp_sizes((256, 48, 12, 20, FP32, "silu", True)) for device in ("cpu", "cuda")}},
         ),
         OpCase(
             name="tiles_gather_rows",

@@ -18,6 +18,8 @@ from .layer_norm import layer_norm
 from .layer_norm_backward import layer_norm_backward
 from .logit_statistics import logit_statistics
 from .logit_statistics_backward import logit_statistics_backward
+from .low_rank_attention import low_rank_attention
+from .low_rank_mlp import low_rank_mlp
 from .masked_scale import masked_scale
 from .new_seed import new_seed
 from .pack_bits import pack_bits
@@ -43,6 +45,8 @@ __all__ = [
     "masked_scale",
     "logit_statistics",
     "logit_statistics_backward",
+    "low_rank_attention",
+    "low_rank_mlp",
     "new_seed",
     "pack_bits",
     "rms_norm",

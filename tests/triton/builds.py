@@ -6,12 +6,15 @@ from importlib import import_module
 from itertools import cycle
 from typing import Any
 
+import torch
 import triton.language as tl
 
 from memsave.ops.activation import Activation
 from memsave.ops.triton_rows import tile
 
 from .resources import TARGETS, Build
+
+LAST_OF_HEADS = ("stride_query_d", "stride_cos_d", "stride_sin_d")
 
 
 def kernels_of(op: str) -> Any:
@@ -197,6 +200,89 @@ def sddmm_builds() -> list[Build]:
     return builds
 
 
+def low_rank_attention_builds() -> list[Build]:
+    """A token and a prompt, in rank space and with rebuilt values, narrow to wide heads; ranks that are no multiples.
+
+    With all that a key can need: a bias, a norm, a rotation, a mask.
+    """
+    shapes = [("fp16", 1, 64, 205), ("bf16", 512, 64, 205), ("bf16", 512, 96, 205), ("fp16", 512, 128, 1024)]
+    shapes += [("bf16", 1, 256, 640), ("fp32", 1, 64, 205), ("fp32", 512, 128, 205), ("fp32", 1, 256, 640)]
+    return [build for target in TARGETS for shape in shapes for build in _low_rank_attention_builds(*shape, target)]
+
+
+def _low_rank_attention_builds(dtype: str, queries: int, d: int, rank: int, target: str) -> list[Build]:
+    """For 16 heads on 4: the attention, for one token also what combines its slices."""
+    module, tiles = kernels_of("low_rank_attention"), import_module("memsave.ops.low_rank_attention.tiles")
+    size = module.Sizes(1, 16, 4, queries, 4096, d, rank, rank)
+    types_of = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    tile = tiles.tile_of(size, types_of[dtype], TARGETS[target][0].warp_size)
+    constants = {"G": size.group, "D": d, "SCALE": d**-0.5, "EPS": 1e-6, **tile.constants()}
+    constants |= {"IS_CAUSAL": queries > 1, "MASK_IS_BOOL": dtype == "fp16", "PRECISION": "ieee"}
+    types = dict.fromkeys(("KV", "T", "S", "RK", "RV", "slice_keys", "slices"), "i32")
+    of_slices = dict.fromkeys(("peaks", "totals", "sums"), "*fp32")
+    types, constants = (types | of_slices, constants) if queries == 1 else (types, constants | dict.fromkeys(of_slices))
+    multiples = {"T", "S", "slice_keys"} | ({"RK", "RV"} if rank % 16 == 0 else set())
+    builds = []
+    for kernel in (module.attention_kernel, module.combine_kernel)[: 2 if queries == 1 else 1]:
+        of, ones = {}, {}
+        for name in kernel.arg_names:
+            if name.startswith("stride_"):
+                last = name.endswith(("_r", "_bias", "_norm", "mask_s")) or name in LAST_OF_HEADS
+                (ones if last else of)[name] = 1 if last else "i32"
+            elif name not in constants:
+                of[name] = types.get(name, "*u8" if name == "mask" and dtype == "fp16" else f"*{dtype}")
+        heads = {name for name in of if name.startswith(("stride_query", "stride_cos", "stride_sin", "stride_mask"))}
+        ranks = {name for name in of if name.startswith("stride_") and rank % 16 == 0}
+        aligned = tuple(name for name in of if name in multiples | heads | ranks)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        known = ones | {name: value for name, value in constants.items() if name in kernel.arg_names}
+        name = f"low_rank_{kernel.fn.__name__}_{dtype}_{queries}x{d}_{rank}"
+        builds.append(Build(name, kernel, of, known, aligned, options, (target,)))
+    return builds
+
+
+def low_rank_mlp_builds() -> list[Build]:
+    """Every tile that autotuning may pick; functions, types, gated and plain blocks in turn.
+
+    Ranks are multiples of 16; for the first tile of each list, which deterministic mode takes, also other ones.
+    """
+    mlp, kinds, turns = kernels_of("low_rank_mlp"), cycle(Activation), cycle((True, True, False))
+    halves = cycle(("fp16", "bf16"))
+    builds = []
+    for size, lists in mlp.CONFIGS.items():
+        for columns, configs in lists.items():
+            for config, aligned in [*((config, True) for config in configs), (configs[0], False)]:
+                for dtype, precision in [("fp32", "ieee"), ("fp32", "tf32")] if size == 4 else [(next(halves), "ieee")]:
+                    flags = {"KIND": int(next(kinds)), "PRECISION": precision, "BLOCK_RANK": columns, **config.kwargs}
+                    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                    tile = "x".join(str(value) for value in (columns, *config.kwargs.values()))
+                    name = f"low_rank_mlp_{dtype}_{precision}_{tile}{'' if aligned else '_odd_ranks'}"
+                    builds.append(_low_rank_mlp_build(name, dtype, next(turns), aligned, flags, options))
+    return builds
+
+
+def _low_rank_mlp_build(
+    name: str, dtype: str, gated: bool, aligned: bool, flags: dict[str, Any], options: dict[str, int]
+) -> Build:
+    kernel = kernels_of("low_rank_mlp").mlp_kernel
+    types, constants = {"shape_class": "i32"}, flags
+    for argument in kernel.arg_names:
+        if argument in ("p_up", "expand_up", "bias_up") and not gated:
+            constants[argument] = None
+        elif argument in ("p_gate", "expand_gate", "bias_gate", "p_up", "expand_up", "bias_up", "reduce_down", "out"):
+            types[argument] = f"*{dtype}"
+        elif argument in ("stride_bias_gate", "stride_down_f") or argument.endswith("gate_r"):
+            constants[argument] = 1
+        elif gated and (argument == "stride_bias_up" or argument.endswith("up_r")):
+            constants[argument] = 1
+        elif argument not in constants:
+            types[argument] = "i32"
+    multiples = {"N", "F", "stride_down_r"}
+    if aligned:
+        multiples |= {"R1", "R2", "R"} | {of for of in types if of.endswith(("_n", "_f"))}
+    return Build(name, kernel, types, constants, tuple(multiples), options)
+
+
 BUILDS = [
     *integer_builds(),
     *gather_builds(),
@@ -206,4 +292,6 @@ BUILDS = [
     *bit_builds(),
     *logit_builds(),
     *sddmm_builds(),
+    *low_rank_attention_builds(),
+    *low_rank_mlp_builds(),
 ]

@@ -22,6 +22,8 @@ from . import (
     layer_norm_backward,
     logit_statistics,
     logit_statistics_backward,
+    low_rank_attention,
+    low_rank_mlp,
     masked_scale,
     new_seed,
     pack_bits,
@@ -37,6 +39,7 @@ _TABLES = (
     *(new_seed, row_inclusion, draw_winners, draw_rows, gather_rows, sampled_matmul, sddmm, spmm),
     *(rms_norm, rms_norm_backward, layer_norm, layer_norm_backward),
     *(activation, activation_backward, gated_activation, gated_activation_backward),
+    *(low_rank_attention, low_rank_mlp),
     *(pack_bits, masked_scale, logit_statistics, logit_statistics_backward),
 )
 
