@@ -27,8 +27,10 @@ if TYPE_CHECKING:
         SaveError,
         UnsupportedModelError,
     )
+    from .integrations.low_rank_cache import low_rank_cache
     from .memory import MemoryProfile, estimate, measure, saved_bytes
     from .methods import (
+        FlashSVDConfig,
         LinearCrossEntropyConfig,
         RecomputeActivationConfig,
         RecomputeDropoutConfig,
@@ -66,6 +68,7 @@ _PLACES = {
     ),
     "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
     "methods": (
+        "FlashSVDConfig",
         "LinearCrossEntropyConfig",
         "RecomputeActivationConfig",
         "RecomputeDropoutConfig",
@@ -77,6 +80,7 @@ _PLACES = {
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
+    "integrations.low_rank_cache": ("low_rank_cache",),
     "peft": ("LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter", "save_adapter"),
     "report": ("Report",),
     "saving": ("load", "save"),
@@ -87,6 +91,7 @@ __all__ = [
     "ConflictError",
     "ConversionError",
     "EstimateError",
+    "FlashSVDConfig",
     "Guarantee",
     "LaMDAConfig",
     "LinearCrossEntropyConfig",
@@ -115,6 +120,7 @@ __all__ = [
     "linear_cross_entropy",
     "load",
     "load_adapter",
+    "low_rank_cache",
     "measure",
     "restore_model",
     "sample_cache_bytes",
@@ -130,7 +136,7 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(import_module(f".{_MODULES[name]}", __name__), name)
         except ModuleNotFoundError as error:
-            if _MODULES[name] != "peft":
+            if _MODULES[name] not in ("peft", "integrations.low_rank_cache"):
                 raise
             raise ImportError(f"memsave.{name} needs {error.name}: pip install 'memsave[hf]'") from error
     if name in ("ops", "nn", "methods", "memory", "peft"):

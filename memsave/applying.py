@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
@@ -20,6 +22,60 @@ class Change(NamedTuple):
     config: MethodConfig
 
 
+class Application:
+    """Converts one module at a time; as a context manager, it undoes all of it on any exception.
+
+    What a config calls `irrevocable` stays: its originals are gone, and the model is left with what was converted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._current: dict[str, nn.Module] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._irrevocable: list[str] = []
+
+    def __enter__(self) -> Application:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            return
+        for step in reversed(self._undo):
+            step()
+        if self._irrevocable:
+            guard_saving(self._model)
+            warnings.warn(
+                f"memsave: {len(self._irrevocable)} modules, {self._irrevocable[0]} first, had been converted and "
+                "given up their originals when the conversion failed; they stay converted, and the rest is as before",
+                stacklevel=2,
+            )
+
+    def convert(self, change: Change, how: Callable[[nn.Module], nn.Module]) -> None:
+        """Convert the module of `change` by calling `how` with it."""
+        name, module, config = change
+        old = self._current.get(name, module)
+        if old is not module and isinstance(config, TargetedConfig) and not config.fits(old):
+            other = next(iter(applied_configs(old).values()), "another method")
+            raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
+        earlier = applied_configs(old).get(config.name)
+        new = how(old)
+        if config.irrevocable and new is not old:
+            self._irrevocable.append(name)
+        else:
+            self._undo.append(lambda: _put_back(self._model, new, old, config, earlier))
+        if new is not old:
+            if config.scope == "model":
+                raise TypeError(f"{config}: a method of model scope must return the model itself")
+            new.train(old.training)
+            _replace(self._model, old, new)
+        new.__dict__.setdefault("_memsave", {})[config.name] = config
+        self._current[name] = new
+
+    def finish(self) -> None:
+        """To be called when everything is converted."""
+        guard_saving(self._model)
+
+
 def _convert(change: Change, module: nn.Module) -> nn.Module:
     return change.config.convert(module)
 
@@ -30,30 +86,10 @@ def apply_changes(
     convert: Callable[[Change, nn.Module], nn.Module] = _convert,
 ) -> None:
     """Convert one module at a time; on any exception, also of the iterable, undo all of it."""
-    current: dict[str, nn.Module] = {}
-    undo: list[Callable[[], None]] = []
-    try:
+    with Application(model) as application:
         for change in changes:
-            name, module, config = change
-            old = current.get(name, module)
-            if old is not module and isinstance(config, TargetedConfig) and not config.fits(old):
-                other = next(iter(applied_configs(old).values()), "another method")
-                raise ConflictError(f"{other} replaces {name}, so {config} cannot convert it. {_UNCHANGED}")
-            earlier = applied_configs(old).get(config.name)
-            new = convert(change, old)
-            undo.append(lambda old=old, new=new, c=config, e=earlier: _put_back(model, new, old, c, e))  # type: ignore[misc]
-            if new is not old:
-                if config.scope == "model":
-                    raise TypeError(f"{config}: a method of model scope must return the model itself")
-                new.train(old.training)
-                _replace(model, old, new)
-            new.__dict__.setdefault("_memsave", {})[config.name] = config
-            current[name] = new
-        guard_saving(model)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+            application.convert(change, partial(convert, change))
+        application.finish()
 
 
 def _put_back(

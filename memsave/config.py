@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -54,6 +54,16 @@ class MethodConfig:
     docs: ClassVar[str] = ""
 
     @property
+    def calibrated(self) -> bool:
+        """Whether the method needs batches of data: `convert_model(..., calibration=batches)`."""
+        return False
+
+    @property
+    def irrevocable(self) -> bool:
+        """Whether a conversion that fails midway leaves what it has converted, because the originals are given up."""
+        return False
+
+    @property
     def optional_keys(self) -> tuple[str, ...]:
         """Keys that a converted module's `state_dict` may have or lack, with tensors of any shape."""
         return ()
@@ -85,6 +95,30 @@ class MethodConfig:
         Two methods conflict on a module only when they set the same part differently. The substrate sets none.
         """
         return {}
+
+    def survey(
+        self, model: nn.Module, targets: Sequence[tuple[str, nn.Module]], calibration: Iterable[Any] | None
+    ) -> Survey | None:
+        """Look at all that is to be converted, by name, before the first module is; None for a method that need not.
+
+        Changes nothing. `convert_model` calls it after planning, also for a dry run, and before anything is converted.
+
+        Raises:
+            MemsaveError or ValueError: it cannot be converted, or the batches are not as the method needs them.
+        """
+        return None
+
+    def carry_out(
+        self,
+        model: nn.Module,
+        targets: Sequence[tuple[str, nn.Module]],
+        survey: Survey | None,
+        calibration: Iterable[Any] | None,
+        convert: Callable[[str, Callable[[nn.Module], nn.Module]], None],
+    ) -> None:
+        """Convert the targets, in any order: `convert(name, how)` converts one by calling `how` with the module."""
+        for name, _ in targets:
+            convert(name, self.convert)
 
     def convert(self, module: nn.Module) -> nn.Module:
         """Convert `module`: in place (then the same object is returned), or by a new module for all its parents.
@@ -156,6 +190,23 @@ class MethodConfig:
         return f"{type(self).__name__}({shown})"
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a method found when it looked at all its targets together, by their names.
+
+    Attributes:
+        refused: targets that stay as they are after all, and why.
+        around: further modules, around the targets, that are converted after them.
+        reasons: modules around the targets that are not, and why.
+        states: what `rebuild` must know to convert each target and each module around one; see `module_state`.
+    """
+
+    refused: Mapping[str, str] = field(default_factory=dict)
+    around: Sequence[tuple[str, nn.Module]] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetedConfig(MethodConfig):
     """A method that converts single modules.
@@ -174,8 +225,8 @@ class TargetedConfig(MethodConfig):
     exclude_modules: str | Collection[str] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, field, _checked_targets(type(self).__name__, field, getattr(self, field)))
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _checked_targets(type(self).__name__, name, getattr(self, name)))
         if self.target_modules is None and self.guarantee is not Guarantee.EXACT:
             raise ValueError(
                 f"{type(self).__name__} changes results ({self.guarantee}), so it must be aimed: give target_modules, "

@@ -6,12 +6,13 @@ any exception the model is put back as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from .applying import Change, apply_changes, unapply_changes
+from .applying import Change, unapply_changes
+from .carrying_out import Surveys, carry_out, rebuild_like, survey_targets
 from .config import Guarantee, MethodConfig, TargetedConfig, applied_configs
 from .errors import (
     MemsaveError,
@@ -20,7 +21,7 @@ from .errors import (
     UnsupportedModelError,
     raise_all,
 )
-from .planning import kind_of, plan_changes, problems_of_defaults, skipped
+from .planning import Plan, kind_of, plan_changes, problems_of_defaults, skipped
 from .report import NOT_A_MODEL, Estimate, Report, group_rows
 from .targets import names_by_module
 from .wrappers import wrapping
@@ -33,6 +34,7 @@ def convert_model(
     configs: MethodConfig | Sequence[MethodConfig] | None = None,
     *,
     batch: Any = None,
+    calibration: Iterable[Any] | None = None,
     dry_run: bool = False,
 ) -> Report:
     """Convert `model` in place and return a report; the result is not the model.
@@ -43,6 +45,9 @@ def convert_model(
         configs: one config or several; None applies every method whose guarantee is exact and whose `default` is set.
         batch: what the model is called with, as `memsave.estimate` takes it. The report then has the bytes that
             forward and backward need before and after, predicted by fake tensors.
+        calibration: batches of data for the methods that look at them, such as `FlashSVDConfig(whiten="activation")`:
+            a list or another iterable that can be run through several times. A mapping is passed to the model as
+            keyword arguments, a tuple or list as arguments, anything else as the only argument.
         dry_run: plan and report without changing anything.
 
     Raises:
@@ -56,6 +61,8 @@ def convert_model(
     modules = names_by_module(model)
     plan = plan_changes(model, wanted, modules, defaults=configs is None)
     raise_all(plan.problems if configs is not None else problems_of_defaults(plan, wanted, modules))
+    _check_calibration(plan, calibration)
+    surveys = survey_targets(model, plan, modules, calibration)
     kinds = {id(m.module): kind_of(m.module) for m in modules}
     report = Report(
         action="would be converted (dry run)" if dry_run else "converted",
@@ -63,11 +70,22 @@ def convert_model(
         already=group_rows(_converted(plan.already), kinds),
         skipped=skipped(modules, plan, wanted),
         devices=tuple(sorted({str(p.device) for p in model.parameters()})),
-        estimate=None if batch is None else _estimate(model, configs, batch),
+        estimate=None if batch is None else _estimate(model, plan, surveys, batch),
     )
     if not dry_run:
-        apply_changes(model, plan.changes)
+        carry_out(model, plan.changes, surveys, calibration)
     return report
+
+
+def _check_calibration(plan: Plan, calibration: Iterable[Any] | None) -> None:
+    asking = list(dict.fromkeys(str(change.config) for change in plan.changes if change.config.calibrated))
+    if asking and calibration is None:
+        raise ValueError(
+            f"convert_model: calibration: {asking[0]} needs batches of data, got None; pass a list of what the model "
+            f"is called with. {_UNCHANGED}"
+        )
+    if calibration is not None and not asking:
+        raise ValueError(f"convert_model: calibration was given, but no config of this call looks at it. {_UNCHANGED}")
 
 
 def _converted(changes: Sequence[Change]) -> list[Change]:
@@ -81,10 +99,10 @@ def _converted(changes: Sequence[Change]) -> list[Change]:
     return found
 
 
-def _estimate(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig] | None, batch: Any) -> Estimate:
+def _estimate(model: nn.Module, plan: Plan, surveys: Surveys, batch: Any) -> Estimate:
     from .memory.estimating import estimate_change
 
-    before, after = estimate_change(model, batch, lambda copy: convert_model(copy, configs))
+    before, after = estimate_change(model, batch, lambda copy: rebuild_like(copy, plan.changes, surveys))
     return Estimate(
         kept_bytes=(before.saved_bytes, after.saved_bytes),
         peak_bytes=(before.peak_bytes, after.peak_bytes),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from memsave import Guarantee, MethodConfig, RecomputeNormConfig, WTACRSConfig
+from memsave import FlashSVDConfig, Guarantee, MethodConfig, RecomputeNormConfig, WTACRSConfig
 from memsave.config import TargetedConfig, matches
 from memsave.methods import METHODS
 
@@ -76,7 +76,8 @@ def test_lists_sets_and_tuples_of_names_are_one_and_the_same() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_configs_are_frozen_and_keyword_only(method: Any) -> None:
-    config = method(target_modules=r".*") if issubclass(method, TargetedConfig) else method()
+    needed = {"ratio": 0.5} if method is FlashSVDConfig else {}
+    config = method(target_modules=r".*", **needed) if issubclass(method, TargetedConfig) else method()
     for name in ("target_modules", "any_other", *(f.name for f in fields(config))):
         with pytest.raises(FrozenInstanceError):
             setattr(config, name, "x")

@@ -29,7 +29,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "report": ({"config", "errors"}, {"memory"}),
     "targets": ({"config"}, set()),
     "guard": ({"config", "errors"}, set()),
-    "convert": ({"applying", "planning", "config", "report", "targets", "wrappers", "errors"}, {"methods", "memory"}),
+    "convert": (
+        {"applying", "carrying_out", "planning", "config", "report", "targets", "wrappers", "errors"},
+        {"methods", "memory"},
+    ),
+    "carrying_out": ({"applying", "planning", "config", "targets", "errors"}, set()),
     "planning": ({"applying", "config", "report", "targets", "errors"}, set()),
     "applying": ({"config", "errors", "guard"}, set()),
     "saving": ({"applying", "config", "errors", "guard", "wrappers"}, {"integrations", "methods", "peft", "__init__"}),

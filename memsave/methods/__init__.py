@@ -1,5 +1,6 @@
 """The methods: one file each, named after its paper. A new method adds its config to METHODS."""
 
+from .flash_svd import FlashSVDConfig
 from .linear_cross_entropy import LinearCrossEntropyConfig
 from .recompute_activation import RecomputeActivationConfig
 from .recompute_dropout import RecomputeDropoutConfig
@@ -16,10 +17,12 @@ METHODS = (
     ShareMaskConfig,
     LinearCrossEntropyConfig,
     WTACRSConfig,
+    FlashSVDConfig,
 )
 
 __all__ = [
     "METHODS",
+    "FlashSVDConfig",
     "LinearCrossEntropyConfig",
     "RecomputeActivationConfig",
     "RecomputeDropoutConfig",

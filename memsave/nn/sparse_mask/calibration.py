@@ -12,9 +12,8 @@ Source: Bhardwaj et al., "Sparse High Rank Adapters", 2024 (arXiv 2406.13175), s
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..calibrating import (
+    accumulator_dtype,
+    check_batches,
+    check_passes,
+    cut,
+    progress,
+    run,
+    same_count,
+    same_random_numbers,
+)
 from .checks import check_count
 from .selection import largest
 
@@ -66,22 +75,19 @@ def gradient_masks(
             there are no batches; a weight gets no gradient, or one that is not finite.
     """
     _check(model, weights, counts, score)
-    groups = _groups(weights, budget_bytes)
-    _check_batches(batches, len(groups))
+    groups = cut({name: w.numel() * accumulator_dtype(w).itemsize for name, w in weights.items()}, budget_bytes)
+    check_batches(batches)
+    check_passes(batches, len(groups), "all gradients")
     masks: dict[str, Tensor] = {}
     num_batches: int | None = None
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_restored(model))
-        for group in stack.enter_context(_progress(groups)):
-            sums, seen = _gradient_sums(model, {name: weights[name] for name in group}, batches, loss)
-            if num_batches not in (None, seen):
-                raise ValueError(
-                    f"batches: the first pass gave {num_batches:,} batches, a later one {seen:,}; expected an iterable "
-                    f"that gives the same batches each time, such as a list"
-                )
-            num_batches = seen
+        for group in stack.enter_context(progress(groups, "calibrating masks", "pass")):
+            sums, num_batches = _gradient_sums(
+                model, {name: weights[name] for name in group}, batches, loss, num_batches
+            )
             for name in group:
                 masks[name] = _mask(name, weights[name], sums.pop(name), counts[name], score)
     return {name: masks[name] for name in weights}
@@ -108,51 +114,20 @@ def _check(model: nn.Module, weights: Mapping[str, nn.Parameter], counts: Mappin
             raise ValueError(f"counts: {name}: {error}") from None
 
 
-def _check_batches(batches: Iterable[Any], num_passes: int) -> None:
-    several = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-    if isinstance(batches, (Mapping, Tensor, str)) or not several:
-        raise ValueError(f"batches: expected an iterable of batches, such as a list, got {type(batches).__name__}")
-    if num_passes > 1 and isinstance(batches, Iterator):
-        raise ValueError(
-            f"batches: a one-shot iterator ({type(batches).__name__}), but {num_passes} passes are needed; give a list "
-            f"or a DataLoader, or a budget_bytes in which all gradients fit"
-        )
-
-
-def _accumulator_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _groups(weights: Mapping[str, nn.Parameter], budget_bytes: int | None) -> list[list[str]]:
-    """Names in their order, cut where the accumulators would exceed the budget."""
-    sizes = {name: weight.numel() * _accumulator_dtype(weight).itemsize for name, weight in weights.items()}
-    budget = max(sizes.values(), default=0) if budget_bytes is None else budget_bytes
-    groups: list[list[str]] = []
-    used = 0
-    for name, size in sizes.items():
-        if not groups or used + size > budget:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    return groups
-
-
 def _gradient_sums(
-    model: nn.Module, group: Mapping[str, nn.Parameter], batches: Iterable[Any], loss: Loss | None
+    model: nn.Module, group: Mapping[str, nn.Parameter], batches: Iterable[Any], loss: Loss | None, before: int | None
 ) -> tuple[dict[str, Tensor], int]:
-    """The sum of each weight's gradients over one pass, by name, and how many batches there were."""
+    """The sums of gradients over one pass, by name, and the number of batches: that of the pass `before`."""
     sums: dict[str, Tensor] = {}
     seen = 0
-    with _same_random_numbers(model), _hooked(group, sums):
+    with same_random_numbers(model), _hooked(group, sums):
         for batch in batches:
             seen += 1
             value = _loss_of(model, batch, loss)
             if value.requires_grad:  # else no weight of the group took part
                 value.backward()
             del value
-    if not seen:
-        raise ValueError("batches: expected at least one batch, got none")
+    same_count(before, seen)
     missing = [name for name in group if name not in sums]
     if missing:
         raise ValueError(f"no batch gives a gradient to {', '.join(missing)}: the loss does not depend on it")
@@ -160,10 +135,7 @@ def _gradient_sums(
 
 
 def _loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    else:
-        output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    output = run(model, batch)
     value = getattr(output, "loss", None) if loss is None else loss(output)
     if value is None:
         raise ValueError(
@@ -200,7 +172,7 @@ def _hooked(group: Mapping[str, nn.Parameter], sums: dict[str, Tensor]) -> Itera
         if name in sums:
             sums[name].add_(gradient)
         else:  # AccumulateGrad leaves a gradient that nothing else holds
-            sums[name] = gradient.detach().to(_accumulator_dtype(weight))
+            sums[name] = gradient.detach().to(accumulator_dtype(weight))
 
     with ExitStack() as stack:
         for name, weight in group.items():
@@ -242,33 +214,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-
-
-@contextmanager
-def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Random numbers inside start where the caller's are, and leave those as they are."""
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "cpu"}
-    with ExitStack() as stack:
-        for kind in sorted({device.type for device in devices} - {"meta"}):
-            numbers = [device.index or 0 for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(numbers, device_type=kind))
-        stack.enter_context(torch.random.fork_rng([]))
-        yield
-
-
-@contextmanager
-def _progress(groups: Sequence[list[str]]) -> Iterator[Iterable[list[str]]]:
-    """The groups, with a progress bar if there are several, someone may be looking, and tqdm is installed."""
-    bar = None
-    if len(groups) > 1 and sys.stderr is not None and sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            bar = tqdm(groups, desc="calibrating masks", unit="pass", leave=False)
-    try:
-        yield groups if bar is None else bar
-    finally:
-        if bar is not None:
-            bar.close()

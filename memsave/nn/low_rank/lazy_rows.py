@@ -1,0 +1,152 @@
+"""Tensors whose rows are made when they are read, some at a time; only without gradients.
+
+A tensor is (..., F), N rows (tokens), C of them at a time.
+
+The first linear of a feed-forward block may return one, and the module that reads it makes the rows that it needs, so
+that hidden units never exist for more tokens than that. Activation functions on the way are applied to the rows as they
+are made. Whatever does not know it gets the whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+CHUNK_BYTES = {"cpu": 2 * 2**20}
+CHUNK_BYTES_ELSEWHERE = 64 * 2**20
+"""How many bytes the widest tensor (C, F) of one chunk may take, by type of device."""
+MIN_CHUNK_ROWS = 64
+"""C is never below: a matrix product of fewer rows waits for its weight."""
+
+_aten = torch.ops.aten
+_ELEMENTWISE = {
+    *(_aten.relu.default, _aten.gelu.default, _aten.silu.default, _aten.mish.default),
+    *(_aten.tanh.default, _aten.sigmoid.default, _aten.pow.Tensor_Scalar),
+    *(_aten.mul.Tensor, _aten.add.Tensor, _aten.mul.Scalar, _aten.add.Scalar),
+}
+
+
+def chunk_rows(features: int, like: Tensor) -> int:
+    """C for a chunk whose widest tensor has so many features, in the dtype and on the device of `like`."""
+    budget_bytes = CHUNK_BYTES.get(like.device.type, CHUNK_BYTES_ELSEWHERE)
+    return max(MIN_CHUNK_ROWS, budget_bytes // (features * like.dtype.itemsize))
+
+
+class LazyRows(Tensor):
+    """A tensor (..., F) whose rows are made by a function when they are read, some at a time.
+
+    What does not know it gets the whole tensor, which then stays.
+    """
+
+    _rows: _Source
+
+    @staticmethod
+    def of(shape: torch.Size, like: Tensor, rows: int, make: Callable[[int, int], Tensor]) -> LazyRows:
+        """A tensor with the dtype and device of `like`, whose rows `make(start, stop)` makes, so many at a time."""
+        strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+        lazy: LazyRows = Tensor._make_wrapper_subclass(
+            LazyRows, shape, strides=strides, dtype=like.dtype, device=like.device
+        )
+        lazy._rows = _Source(make, rows)
+        return lazy
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows to read at a time."""
+        return self._rows.chunk_rows
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the tensor as a matrix; those that were read last are not made again."""
+        return self._rows.rows(start, stop)
+
+    @property
+    def made(self) -> Tensor | None:
+        """The whole tensor, if something asked for it."""
+        return self._rows.whole
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """The names of the tensors that it holds: whoever counts bytes counts these, and no bytes for itself."""
+        return ([] if self.made is None else ["made"]), None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func in _ELEMENTWISE and (later := _elementwise(func, args, kwargs or {})) is not None:
+            return later
+        args, kwargs = tree_map_only(LazyRows, whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"LazyRows(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+class _Source:
+    """Where rows come from: the function, the whole once it was made, and the rows that were read last."""
+
+    def __init__(self, make: Callable[[int, int], Tensor], chunk_rows: int) -> None:
+        self.make, self.chunk_rows = make, chunk_rows
+        self.whole: Tensor | None = None
+        self._last: tuple[tuple[int, int], Tensor] | None = None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.whole is not None:
+            return self.whole.view(-1, self.whole.shape[-1])[start:stop]
+        if self._last is None or self._last[0] != (start, stop):
+            self._last = None  # freed before its successor is made
+            self._last = (start, stop), self.make(start, stop)
+        return self._last[1]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, with all rows."""
+    if not isinstance(tensor, LazyRows):
+        return tensor
+    source = tensor._rows
+    if source.whole is None:
+        source.whole = filled(tensor.shape, tensor, source.chunk_rows, source.rows)
+        source.make, source._last = _no_rows, None  # what they held is free
+    return source.whole
+
+
+def _no_rows(start: int, stop: int) -> Tensor:
+    raise AssertionError("the whole is there")
+
+
+def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of any tensor as a matrix (stop - start, F)."""
+    if isinstance(tensor, LazyRows):
+        return tensor.rows(start, stop)
+    return tensor.reshape(-1, tensor.shape[-1])[start:stop]
+
+
+def filled(shape: torch.Size, like: Tensor, chunk_rows: int, make: Callable[[int, int], Tensor]) -> Tensor:
+    """A tensor of `shape` from its rows, made chunk by chunk."""
+    num_rows = prod(shape[:-1])
+    y: Tensor | None = None
+    for start in range(0, num_rows, chunk_rows):
+        part = make(start, min(start + chunk_rows, num_rows))
+        if y is None:  # its dtype is the module's business
+            y = torch.empty(shape, dtype=part.dtype, device=part.device)
+        y.view(-1, shape[-1])[start : start + chunk_rows] = part
+        del part
+    return torch.empty(shape, dtype=like.dtype, device=like.device) if y is None else y
+
+
+def _elementwise(func: Any, args: Any, kwargs: Any) -> LazyRows | None:
+    """The function of rows to come; None where it takes other tensors than such of one shape."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    first = tensors[0]
+    if not all(isinstance(t, LazyRows) and t.shape == first.shape and t.dtype == first.dtype for t in tensors):
+        return None
+
+    def make(start: int, stop: int) -> Tensor:
+        arguments, keywords = tree_map_only(LazyRows, lambda t: t.rows(start, stop), (args, kwargs))
+        result: Tensor = func(*arguments, **keywords)
+        return result
+
+    assert isinstance(first, LazyRows)
+    return LazyRows.of(first.shape, first, first.chunk_rows, make)
