@@ -32,7 +32,8 @@ def survey_targets(
         survey = config.survey(model, targets, calibration)
         if survey is None:
             continue
-        if all(name in survey.refused for name, _ in targets):
+        again = any(change.config == config for change in plan.already)  # what it refuses now, it refused then
+        if not again and all(name in survey.refused for name, _ in targets):
             name, reason = next(iter(survey.refused.items()))
             raise NoMatchError(f"{config}: {name}: {reason}; so it is for all its targets. {_UNCHANGED}")
         surveys[config] = survey

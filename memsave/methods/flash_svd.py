@@ -36,8 +36,9 @@ ALLOCATIONS = ("uniform", "energy")
 class FlashSVDConfig(TargetedConfig):
     """Low-rank factors for `nn.Linear` and `Conv1D`, and streaming execution of what is around them.
 
-    Exactly one of rank, ratio and energy is given. A linear whose factors would not be smaller than its weight stays as
-    it is, and the report says so.
+    Exactly one of rank, ratio and energy is given. Ranks from 64 on that follow from a ratio or an energy are multiples
+    of 8, which matrix products prefer; by a ratio they are rounded down. A linear whose factors would not be smaller
+    than its weight stays as it is, and the report says so.
 
     Args:
         rank: R of every linear.

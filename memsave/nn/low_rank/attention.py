@@ -210,7 +210,9 @@ def _resized(root: nn.Module, layout: HeadLayout, args: Any, kwargs: Any, expect
     inner = root.get_submodule(layout.inner)
     like = next(root.get_submodule(layout.query).parameters())
     size, generator = layout.head_size, torch.Generator().manual_seed(1)
-    bases = (torch.linalg.qr(torch.randn(2 * size, size, generator=generator))[0].t().to(like) for _ in range(2))
+    shape = 2 * size, size
+    numbers = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    bases = (torch.linalg.qr(each)[0].t().to(like) for each in numbers)
     names = [
         (layout.inner, prefix + name)
         for prefix, holder in (("", inner), ("config.", getattr(inner, "config", None)))

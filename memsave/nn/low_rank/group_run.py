@@ -98,6 +98,10 @@ class Run:
             raise RuntimeError(f"memsave: {name} was given another tensor by another group of heads")
         return made
 
+    def forget(self) -> None:
+        """Free the latents of q, k and v: the last group has been through attention."""
+        self._made.clear()
+
     def _with(self, heads: slice, last: bool) -> nn.Module:
         """A copy of the root that has the key/value heads `heads` alone; its tensors are the root's."""
         layout, copies = self.layout, Copies(self.root)
@@ -286,8 +290,9 @@ class _HeadColumns(_StandIn):
                 linear.accumulate(run.total, flat, columns)
         if not self.last:
             raise GroupDone
+        run.forget()
         assert run.total is not None
-        return run.total.view(*x.shape[:-1], -1)
+        return run.total.view(*x.shape[:-1], run.total.shape[-1])
 
     def _absorb(self, latent: Tensor, first: Tensor, total: Tensor) -> None:
         """Add what the latents of values (N, h' * r) give through the columns (R, h' * D) of the output projection."""

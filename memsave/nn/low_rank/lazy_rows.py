@@ -29,6 +29,10 @@ _ELEMENTWISE = {
     *(_aten.tanh.default, _aten.sigmoid.default, _aten.pow.Tensor_Scalar),
     *(_aten.mul.Tensor, _aten.add.Tensor, _aten.mul.Scalar, _aten.add.Scalar),
 }
+_IN_PLACE = {
+    getattr(_aten, name).default: getattr(_aten, f"{name}_").default
+    for name in ("relu", "gelu", "silu", "mish", "tanh", "sigmoid")
+}
 
 
 def chunk_rows(features: int, like: Tensor) -> int:
@@ -46,13 +50,18 @@ class LazyRows(Tensor):
     _rows: _Source
 
     @staticmethod
-    def of(shape: torch.Size, like: Tensor, rows: int, make: Callable[[int, int], Tensor]) -> LazyRows:
-        """A tensor with the dtype and device of `like`, whose rows `make(start, stop)` makes, so many at a time."""
+    def of(
+        shape: torch.Size, like: Tensor, rows: int, make: Callable[[int, int], Tensor], *, fresh: bool = False
+    ) -> LazyRows:
+        """A tensor with the dtype and device of `like`, whose rows `make(start, stop)` makes, so many at a time.
+
+        fresh: whether the rows that `make` returns are a tensor that nobody else has.
+        """
         strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
         lazy: LazyRows = Tensor._make_wrapper_subclass(
             LazyRows, shape, strides=strides, dtype=like.dtype, device=like.device
         )
-        lazy._rows = _Source(make, rows)
+        lazy._rows = _Source(make, rows, fresh)
         return lazy
 
     @property
@@ -63,6 +72,23 @@ class LazyRows(Tensor):
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the tensor as a matrix; those that were read last are not made again."""
         return self._rows.rows(start, stop)
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Rows for a module, (1, stop - start, F): still lazy where nobody else reads them, so that they die early."""
+        source = self._rows
+        if not source.fresh or source.whole is not None:
+            return self.rows(start, stop)[None]
+        source.in_parts = True
+
+        def make(first: int, last: int) -> Tensor:
+            return self.take_rows(start + first, start + last)
+
+        return LazyRows.of(torch.Size((1, stop - start, self.shape[-1])), self, stop - start, make, fresh=True)
+
+    def take_rows(self, start: int, stop: int) -> Tensor:
+        """Rows for one reader: not remembered, if nobody else may have them."""
+        own = self._rows.own_rows(start, stop)
+        return self.rows(start, stop) if own is None else own
 
     @property
     def made(self) -> Tensor | None:
@@ -87,9 +113,10 @@ class LazyRows(Tensor):
 class _Source:
     """Where rows come from: the function, the whole once it was made, and the rows that were read last."""
 
-    def __init__(self, make: Callable[[int, int], Tensor], chunk_rows: int) -> None:
-        self.make, self.chunk_rows = make, chunk_rows
+    def __init__(self, make: Callable[[int, int], Tensor], chunk_rows: int, fresh: bool) -> None:
+        self.make, self.chunk_rows, self.fresh = make, chunk_rows, fresh
         self.whole: Tensor | None = None
+        self.readers, self.in_parts = 0, False  # functions of it, and modules that read it in parts
         self._last: tuple[tuple[int, int], Tensor] | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -99,6 +126,14 @@ class _Source:
             self._last = None  # freed before its successor is made
             self._last = (start, stop), self.make(start, stop)
         return self._last[1]
+
+    def own_rows(self, start: int, stop: int) -> Tensor | None:
+        """Rows that whoever gets them may overwrite; None where others have them, or will read them."""
+        read = self._last is not None and self._last[0] == (start, stop)
+        if not self.fresh or self.whole is not None or read or self.readers + self.in_parts > 1:
+            return None
+        rows, self._last = self.rows(start, stop), None
+        return rows
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -126,6 +161,8 @@ def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
 def filled(shape: torch.Size, like: Tensor, chunk_rows: int, make: Callable[[int, int], Tensor]) -> Tensor:
     """A tensor of `shape` from its rows, made chunk by chunk."""
     num_rows = prod(shape[:-1])
+    if 0 < num_rows <= chunk_rows:
+        return make(0, num_rows).view(shape)
     y: Tensor | None = None
     for start in range(0, num_rows, chunk_rows):
         part = make(start, min(start + chunk_rows, num_rows))
@@ -142,11 +179,19 @@ def _elementwise(func: Any, args: Any, kwargs: Any) -> LazyRows | None:
     first = tensors[0]
     if not all(isinstance(t, LazyRows) and t.shape == first.shape and t.dtype == first.dtype for t in tensors):
         return None
+    assert isinstance(first, LazyRows)
+    for tensor in tensors:
+        tensor._rows.readers += 1  # type: ignore[attr-defined]
 
     def make(start: int, stop: int) -> Tensor:
-        arguments, keywords = tree_map_only(LazyRows, lambda t: t.rows(start, stop), (args, kwargs))
-        result: Tensor = func(*arguments, **keywords)
-        return result
+        if tensors[1:] or func not in _IN_PLACE or (own := first._rows.own_rows(start, stop)) is None:
+            return _applied(func, args, kwargs, start, stop)
+        return _IN_PLACE[func](own, *args[1:], **kwargs)
 
-    assert isinstance(first, LazyRows)
-    return LazyRows.of(first.shape, first, first.chunk_rows, make)
+    return LazyRows.of(first.shape, first, first.chunk_rows, make, fresh=True)
+
+
+def _applied(func: Any, args: Any, kwargs: Any, start: int, stop: int) -> Tensor:
+    arguments, keywords = tree_map_only(LazyRows, lambda t: t.rows(start, stop), (args, kwargs))
+    result: Tensor = func(*arguments, **keywords)
+    return result

@@ -68,9 +68,11 @@ class LowRankLinear(nn.Module):
         # Without autocast the latent and the output have the dtype of x.
         streams = not (torch.is_grad_enabled() or self.training or plain(x) or autocast_enabled(x))
         if self.lazy and streams and prod(x.shape[:-1]) > (rows := chunk_rows(self.out_features, x)):
-            return LazyRows.of(self._shape(x), x, rows, lambda start, stop: self._map(rows_of(x, start, stop)))
+            return LazyRows.of(
+                self._shape(x), x, rows, lambda start, stop: self._map(rows_of(x, start, stop)), fresh=True
+            )
         if isinstance(x, LazyRows):
-            return filled(self._shape(x), x, x.chunk_rows, lambda start, stop: self._map(x.rows(start, stop)))
+            return filled(self._shape(x), x, x.chunk_rows, lambda start, stop: self._map(x.take_rows(start, stop)))
         return self._map(x)
 
     def _map(self, x: Tensor) -> Tensor:

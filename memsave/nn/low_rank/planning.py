@@ -19,6 +19,9 @@ from .ranks import allocate, break_even_rank, rank_for_energy, rank_for_ratio
 from .replacing import weight_of
 from .rows import RowWork
 
+ALIGNMENT, ALIGNED_FROM = 8, 64
+"""Ranks that follow from a ratio or an energy are multiples of the first, from the second on."""
+
 EachMoment = Callable[[Callable[[str, Tensor | None], None]], None]
 """Calls its argument with the name of every target and its second moment (D, D), or None."""
 
@@ -145,7 +148,8 @@ def _ranks(
     if settings.rank is not None:
         return dict.fromkeys(targets, settings.rank)
     if settings.ratio is not None and settings.allocation == "uniform":
-        return {n: rank_for_ratio(o // heads.get(n, 1), d, settings.ratio) for n, (o, d) in shapes.items()}
+        ratio = settings.ratio
+        return {n: _aligned(rank_for_ratio(o // heads.get(n, 1), d, ratio)) for n, (o, d) in shapes.items()}
     spectra: dict[str, Tensor] = {}
 
     def add(name: str, moment: Tensor | None) -> None:
@@ -154,9 +158,17 @@ def _ranks(
 
     each_moment(add)
     if settings.energy is not None:
-        return {name: rank_for_energy(spectra[name], settings.energy) for name in targets}
+        return {name: _aligned(rank_for_energy(spectra[name], settings.energy), up=True) for name in targets}
     assert settings.ratio is not None
-    return dict(allocate({name: spectra[name] for name in targets}, shapes, settings.ratio))  # type: ignore[arg-type]
+    ranks = allocate({name: spectra[name] for name in targets}, shapes, settings.ratio)  # type: ignore[arg-type]
+    return {name: None if rank is None else _aligned(rank) for name, rank in ranks.items()}
+
+
+def _aligned(rank: int, *, up: bool = False) -> int:
+    """A chosen rank as a multiple of 8, where that changes little: matrix products are quicker with it."""
+    if rank < ALIGNED_FROM:
+        return rank
+    return rank + (-rank % ALIGNMENT if up else -(rank % ALIGNMENT))
 
 
 def _why_dense(weight: Tensor, rank: int | None, heads: int | None) -> str | None:

@@ -49,7 +49,7 @@ class RowWise(Converted):
 
         def make(start: int, stop: int) -> Tensor:
             # With a dimension for the batch: a module may expect one.
-            y: Tensor = original(*(rows_of(x, start, stop)[None] for x in args))[0]
+            y: Tensor = original(*(_part(x, start, stop) for x in args))[0]
             return y
 
         result = torch.Size((*shape, self._work.out_features))
@@ -181,6 +181,10 @@ def has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     watching = (hook for each in hooks for hook in each.values())
     return "forward" in module.__dict__ or any(getattr(h, "__name__", "") != "output_capturing_hook" for h in watching)
+
+
+def _part(x: Tensor, start: int, stop: int) -> Tensor:
+    return x.part(start, stop) if isinstance(x, LazyRows) else rows_of(x, start, stop)[None]
 
 
 def _halves(bias: Tensor | None) -> tuple[Tensor | None, ...]:
