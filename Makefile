@@ -26,7 +26,7 @@ demo: $(VENV)/.installed-bench ## train a small language model in every variant;
 adapters: $(VENV)/.installed-bench ## fine-tune the demo's model with adapters; outputs in build/adapters
 	@OMP_WAIT_POLICY=passive $(BIN)/python examples/finetune_adapters.py --out build/adapters $(ARGS)
 
-bench: $(VENV)/.installed-bench ## measure every case on this machine; results in benchmarks/results, tables in docs
+bench: $(VENV)/.installed-bench $(VENV)/.installed-encoder ## measure every case on this machine; results in benchmarks/results, tables in docs
 	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu $(ARGS)
 	$(BIN)/python -m benchmarks.tables
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import result_files
 from benchmarks.result_files import RESULTS
-from benchmarks.tables import MIB, ROOT, by_size, by_variant, device_in_words, in_words
+from benchmarks.tables import MIB, ROOT, by_size, by_variant, by_way, device_in_words, in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ DIGEST = "Digest"  # the key in the picture's metadata
 MEMORY, TIME, OP = "#4c72b0", "#dd8452", "#55a868"
 INCHES_PER_BAR = 0.26
 LINES = ("black", "#0072B2", "#E69F00", "#CC79A7")  # colour-blind readers can tell them apart
+MARKERS = ("o", "s", "^", "D")  # one for each of LINES
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:
             plots.append(Plot(images / f"{folder.name}-ops.png", ops, draw_ops))
         trained = [data for data in found if data["case"]["kind"] == "quality"]
         plots += [Plot(images / f"{folder.name}-{data['case']['name']}.png", [data], draw_quality) for data in trained]
+        smaller = [data for data in found if data["case"]["kind"] == "compression"]
+        plots += [
+            Plot(images / f"{folder.name}-{data['case']['name']}.png", [data], draw_compression) for data in smaller
+        ]
     return plots
 
 
@@ -195,6 +200,28 @@ def _draw_curves(
     steps = [steps_per_point * (point + 0.5) for point in range(len(points))]
     axes.plot(steps, [statistics.fmean(p) for p in points], color=color, label=label, linewidth=1.3)
     axes.fill_between(steps, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.12)
+
+
+def draw_compression(shown: Sequence[dict[str, Any]]) -> Figure:
+    """How close the embeddings of compressed encoders are to the original's, by ratio: a line for each way."""
+    from matplotlib.figure import Figure
+
+    (data,) = shown
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    words = {"mean_cosine": "mean cosine with the original's", "rank_correlation": "rank correlation of similarities"}
+    panels = figure.subplots(1, len(words), sharey=True)
+    for axes, (name, label) in zip(panels, words.items(), strict=True):
+        for (way, results), color, marker in zip(by_way(data).items(), LINES, MARKERS, strict=False):
+            points = [row["ratio"] for row in results], [row[name] for row in results]
+            axes.plot(*points, color=color, marker=marker, markersize=4, linewidth=1.3, label=way)
+        axes.axhline(1, color="gray", linewidth=0.8, linestyle=":", zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("ratio: share of the linears' parameters kept")
+        axes.set_title(label, fontsize=9)
+    panels[-1].legend(loc="lower right", frameon=False, fontsize=8)
+    case = data["case"]
+    figure.suptitle(f"Embeddings of {case['evaluated']} {case['source']} by {case['model']}", fontsize=9)
+    return figure
 
 
 def _draw_bars(axes: Axes, names: Sequence[str], bars: dict[str, tuple[str, list[float]]], start: float = 0.0) -> None:

@@ -22,17 +22,20 @@ import torch
 from benchmarks import result_files, tables
 from benchmarks.cases import CASES, Case
 from benchmarks.cases.adapters import AdapterCase
+from benchmarks.cases.compression import CompressionCase
 from benchmarks.cases.estimates import EstimateCase
 from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.losses import LossCase
 from benchmarks.cases.op_case import OpCase
 from benchmarks.cases.quality import QUALITY_CASES, GradNormsCase, QualityCase
+from benchmarks.cases.streaming import DecodingCase, StreamingCase
 from benchmarks.cases.tiles import tile_cases
 from benchmarks.cases.training import ForwardCase, StepCase, TrainingCase
 from benchmarks.cases.variance import VarianceCase
 from benchmarks.checks import CheckFailed
 from benchmarks.result_files import ResultError
 from benchmarks.runners.adapters import run_adapter_case
+from benchmarks.runners.compression import run_compression_case
 from benchmarks.runners.estimates import run_estimate_case
 from benchmarks.runners.forward import run_forward_case
 from benchmarks.runners.grad_norms import run_grad_norms_case
@@ -40,7 +43,9 @@ from benchmarks.runners.kept import run_kept_case
 from benchmarks.runners.models import run_model_case
 from benchmarks.runners.ops import run_op_case
 from benchmarks.runners.quality import further_runs
+from benchmarks.runners.streaming import run_decoding_case, run_streaming_case
 from benchmarks.runners.variance import run_variance_case
+from benchmarks.sentences import PackageMissing
 
 RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, str]]]] = {
     TrainingCase: run_model_case,
@@ -52,6 +57,9 @@ RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, st
     VarianceCase: run_variance_case,
     EstimateCase: run_estimate_case,
     KeptCase: run_kept_case,
+    CompressionCase: run_compression_case,
+    StreamingCase: run_streaming_case,
+    DecodingCase: run_decoding_case,
     GradNormsCase: run_grad_norms_case,
 }
 # Those that go on where they were: given a case and its results so far, they give each further one as it is there.
@@ -138,6 +146,8 @@ def run_all(cases: Sequence[Case], options: argparse.Namespace, record: Record) 
         print(f"\n{case.name}: {case.title}", flush=True)
         try:
             data = run_case(case, options, record)
+        except PackageMissing as missing:
+            record.leave_out(case.name, str(missing))
         except (CheckFailed, ResultError) as error:
             record.fail(case.name, str(error))
         except Exception as error:  # one case that breaks must not take the others' figures with it

@@ -211,6 +211,63 @@ def kept_rows(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def compression_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each ratio and a column for each way, and last the CPU time that compressing took."""
+    ways = by_way(data)
+    total = f"{data['results'][0]['of_parameters'] / 1e6:.2f}M"
+    rows = [["ratio", f"parameters kept, of {total}", *ways]]
+    for ratio in dict.fromkeys(r["ratio"] for r in data["results"]):
+        found = [next((r for r in results if r["ratio"] == ratio), None) for results in ways.values()]
+        kept = {f"{r['parameters'] / 1e6:.2f}M" for r in found if r}
+        counts = " to ".join(dict.fromkeys((min(kept), max(kept))))
+        rows.append([str(ratio), counts, *(closeness_cell(r) if r else "-" for r in found)])
+    times = [[r["cpu_s"] for r in results] for results in ways.values()]
+    return [*rows, ["CPU time to compress", "", *(f"{statistics.median(t):.1f} s" for t in times)]]
+
+
+def by_way(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a compression case by the way of compressing, in the order of the ratios."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(data["results"], key=lambda row: row["ratio"]):
+        found.setdefault(row["way"], []).append(row)
+    return found
+
+
+def closeness_cell(row: dict[str, Any]) -> str:
+    return f"{row['mean_cosine']:.3f} ({row['lowest_cosine']:.3f}), {row['rank_correlation']:.3f}"
+
+
+def streaming_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each size, a column for each way: bytes and time, each beside those of plain low-rank layers."""
+    ways = list(dict.fromkeys(r["way"] for r in data["results"]))
+    rows = [["", *ways]]
+    for found in by_size(data):
+        beside = next(r for r in found if r["way"] == "low-rank")
+        cells = [next((streaming_cell(r, beside) for r in found if r["way"] == way), "-") for way in ways]
+        rows.append([in_words(beside["size"]), *cells])
+    return rows
+
+
+def streaming_cell(row: dict[str, Any], beside: dict[str, Any]) -> str:
+    time = f"{row['median_s'] * 1e3:.1f} ms ({row['median_s'] / beside['median_s']:.2f}x)"
+    return f"{mebibytes(row, beside, 'temporary_bytes')}, {time}"
+
+
+def decoding_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each length of the past, a column for each way, beside plain low-rank layers."""
+    ways = list(dict.fromkeys(r["way"] for r in data["results"]))
+    rows = [["", *ways]]
+    for found in by_size(data):
+        beside = next(r for r in found if r["way"] == "low-rank")
+        cells = []
+        for row in found:
+            ratios = (row[name] / beside[name] for name in ("cache_bytes", "median_s"))
+            held, time = (f"({ratio:.2f}x)" for ratio in ratios)
+            cells.append(f"{row['cache_bytes']:,.0f} B {held}, {row['median_s'] * 1e3:.2f} ms {time}")
+        rows.append([in_words(beside["size"]), *cells])
+    return rows
+
+
 def forward_rows(data: dict[str, Any]) -> list[list[str]]:
     """A row for each variant, beside the first."""
     first = data["results"][0]
@@ -251,12 +308,15 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "training": model_rows,
     "step": model_rows,
     "forward": forward_rows,
+    "streaming": streaming_rows,
+    "decoding": decoding_rows,
     "adapters": adapter_rows,
     "op": op_rows,
     "loss": op_rows,
     "variance": variance_rows,
     "estimate": estimate_rows,
     "kept": kept_rows,
+    "compression": compression_rows,
     "quality": quality_rows,
     "grad_norms": grad_norms_rows,
 }

@@ -1,4 +1,4 @@
-"""What is measured, as data: the cases of methods, adapters, losses, ops, kept bytes, variances and of `estimate`.
+"""What is measured, as data: methods, adapters, losses, ops, kept bytes, variances, compression and `estimate`.
 
 The cases of the Triton kernels' tiles are in tiles.py, those that train for long in quality.py.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from .adapters import ADAPTER_CASES, SWITCH_CASE
 from .case import Case
+from .compression import COMPRESSION_CASES
 from .estimates import ESTIMATE_CASES
 from .kept import KEPT_CASES
 from .losses import LOSS_CASES
 from .ops import OP_CASES
+from .streaming import DECODING_CASES, STREAMING_CASES
 from .training import TRAINING_CASES
 from .variance import VARIANCE_CASES
 
@@ -24,6 +26,9 @@ CASES: tuple[Case, ...] = (
     *VARIANCE_CASES,
     *ESTIMATE_CASES,
     *KEPT_CASES,
+    *STREAMING_CASES,
+    *DECODING_CASES,
+    *COMPRESSION_CASES,
 )
 
 __all__ = ["CASES", "Case"]

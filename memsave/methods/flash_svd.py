@@ -57,8 +57,9 @@ class FlashSVDConfig(TargetedConfig):
             alone. On a GPU that is a Triton kernel, which has not been measured there yet; off by default.
         keep_originals: whether the plain weights live until all are converted, so that an error undoes everything.
             False gives each one up at once: the peak stays near one layer above the model.
-        calibration_bytes: how many bytes of second moments may live at once; None means those of the largest. More
-            bytes mean fewer passes over the batches.
+        calibration_bytes: how many bytes of second moments may live at once, those of the largest at least (None).
+            More bytes mean fewer passes over the batches. Each pass reads the model as it is then: what earlier passes
+            served is compressed.
 
     Raises:
         ValueError: a value outside its range, not exactly one of rank, ratio and energy, or no target_modules.
@@ -79,7 +80,7 @@ class FlashSVDConfig(TargetedConfig):
     fuse: bool = True
     kernel: bool = False
     keep_originals: bool = True
-    calibration_bytes: int | None = None
+    calibration_bytes: int | None = 2**28
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,6 +141,11 @@ class FlashSVDConfig(TargetedConfig):
     def survey(
         self, model: nn.Module, targets: Sequence[tuple[str, nn.Module]], calibration: Iterable[Any] | None
     ) -> Survey:
+        chosen = self.energy is not None or self.allocation == "energy"
+        if chosen and any(applied_configs(module).get(self.name) == self for module in model.modules()):
+            # Ranks that are chosen by values would be others now that the rest of the model is another.
+            left = "an earlier call with the same settings has left it as it is"
+            return Survey({name: left for name, _ in targets})
         if self.fuse:
             _register_attention(model)
         plan = low_rank_plan(model, dict(targets), self, self._moments(model, dict(targets), calibration))

@@ -67,7 +67,12 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Without autocast the latent and the output have the dtype of x.
         streams = not (torch.is_grad_enabled() or self.training or plain(x) or autocast_enabled(x))
-        if self.lazy and streams and prod(x.shape[:-1]) > (rows := chunk_rows(self.out_features, x)):
+        if (
+            self.lazy
+            and streams
+            and x.dtype == self.first.dtype
+            and prod(x.shape[:-1]) > (rows := chunk_rows(self.out_features, x))
+        ):
             return LazyRows.of(
                 self._shape(x), x, rows, lambda start, stop: self._map(rows_of(x, start, stop)), fresh=True
             )
@@ -83,6 +88,8 @@ class LowRankLinear(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """(..., D) -> the latent (..., R), or (..., heads * R)."""
+        if x.dtype != self.first.dtype and not autocast_enabled(x):
+            x = x.to(self.first.dtype)  # as T5 does itself where it sees a weight that is a tensor
         return F.linear(x, self.first)
 
     def expand(self, latent: Tensor, features: Sequence[slice] | None = None) -> Tensor:
