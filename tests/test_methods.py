@@ -20,7 +20,7 @@ from memsave import Guarantee, MethodConfig
 from memsave.methods import METHODS
 from memsave.nn.linear import is_linear
 
-from .cases.methods import CASES, MODEL_SCOPE, NOTED_CASES, WIDTH, MethodCase, NotedCase
+from .cases.methods import APPROXIMATE, CASES, MODEL_SCOPE, NOTED_CASES, WIDTH, MethodCase, NotedCase
 from .nn.helpers import assert_same
 from .snapshot import bits, snapshot
 
@@ -301,9 +301,10 @@ def starts_as_documented(method: type[MethodConfig]) -> bool:
 
 
 def has_a_row(method: type[MethodConfig]) -> bool:
-    """Whether the method is in `CASES`, or has tests of its own because it needs a whole model."""
-    if method.scope == "model":
-        return method.name in MODEL_SCOPE and (ROOT / MODEL_SCOPE[method.name]).is_file()
+    """Whether the method is in `CASES`, or has tests of its own: it needs a whole model, or changes the function."""
+    if method.scope == "model" or method.guarantee is Guarantee.APPROXIMATE:
+        own = MODEL_SCOPE if method.scope == "model" else APPROXIMATE
+        return method.name in own and (ROOT / own[method.name]).is_file()
     return any(type(config) is method for case in CASES for config in case.configs)
 
 

@@ -249,8 +249,9 @@ CASES = [
     MethodCase("linear", linear, BOTH, gradients="sampled"),
 ]
 
-# Methods of model scope, which the battery of single modules does not know, and the tests that they have instead.
+# Methods of model scope and approximate ones, which the battery of single modules does not know, and what tests them.
 MODEL_SCOPE = {"share_mask": "tests/integrations/test_attention.py"}
+APPROXIMATE = {"flash_svd": "tests/methods/test_flash_svd.py"}
 
 NOTED_CASES = [
     NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT, copies=1),
