@@ -221,12 +221,13 @@ def test_works_without_any_optional_package() -> None:
         + """
 import torch, memsave
 from torch import nn
-adapters = {"LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter", "save_adapter"}
+needs = dict.fromkeys(("LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter", "save_adapter"), "peft")
+needs["low_rank_cache"] = "transformers"
 for name in memsave.__all__:
     try:
         getattr(memsave, name)
     except ImportError as error:
-        assert name in adapters and "needs peft: pip install 'memsave[hf]'" in str(error), name
+        assert name in needs and f"needs {needs[name]}: pip install 'memsave[hf]'" in str(error), name
 memsave.backends()
 model = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 1))
 memsave.convert_model(model, [memsave.RecomputeNormConfig(),

@@ -21,7 +21,9 @@ WAYS: Mapping[str, Mapping[str, Any] | None] = {
     "dense": None,
     "low-rank": {"fuse": False},
     "memsave": {},
+    "memsave, larger pieces": {"piece_bytes": 8 * 2**20},
     "memsave, per head": {"per_head": True},
+    "memsave, per head, larger pieces": {"per_head": True, "piece_bytes": 8 * 2**20},
 }
 SIZES = ((8, 128, 0.5), (8, 512, 0.3), (8, 512, 0.5), (8, 512, 0.7), (4, 1024, 0.5), (2, 2048, 0.5), (1, 4096, 0.5))
 
@@ -108,7 +110,7 @@ _GPT2 = {"vocab_size": 1000, "n_layer": 2, "n_positions": 32768}
 _TINY_BERT = partial(encoder, 96, 192, 1)
 _TINY_LLAMA = {**_LLAMA_1B, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 _TINY_LLAMA |= {"num_key_value_heads": 2}
-_ROTARY_WAYS = {name: way for name, way in WAYS.items() if name != "memsave, per head"}
+_ROTARY_WAYS = {name: way for name, way in WAYS.items() if "per head" not in name}
 
 STREAMING_CASES = (
     StreamingCase(

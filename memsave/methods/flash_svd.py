@@ -55,6 +55,8 @@ class FlashSVDConfig(TargetedConfig):
         fuse: whether attention and feed-forward blocks stream, where they can.
         kernel: whether feed-forward blocks that are one module run as one op, in which hidden units exist on the chip
             alone. On a GPU that is a Triton kernel, which has not been measured there yet; off by default.
+        piece_bytes: how many bytes the widest tensor of one chunk of tokens may take; a group of heads may take twice
+            that. None means 2 MiB on the CPU and 64 MiB elsewhere. Larger pieces are quicker.
         keep_originals: whether the plain weights live until all are converted, so that an error undoes everything.
             False gives each one up at once: the peak stays near one layer above the model.
         calibration_bytes: how many bytes of second moments may live at once, those of the largest at least (None).
@@ -79,6 +81,7 @@ class FlashSVDConfig(TargetedConfig):
     per_head: bool = False
     fuse: bool = True
     kernel: bool = False
+    piece_bytes: int | None = None
     keep_originals: bool = True
     calibration_bytes: int | None = 2**28
 
@@ -107,10 +110,9 @@ class FlashSVDConfig(TargetedConfig):
         for name in ("per_head", "fuse", "kernel", "keep_originals"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"FlashSVDConfig.{name}: expected True or False, got {getattr(self, name)!r}")
-        if self.calibration_bytes is not None and not _is_count(self.calibration_bytes):
-            raise ValueError(
-                f"FlashSVDConfig.calibration_bytes: expected a whole number or None, got {self.calibration_bytes!r}"
-            )
+        for name in ("piece_bytes", "calibration_bytes"):
+            if (value := getattr(self, name)) is not None and not _is_count(value):
+                raise ValueError(f"FlashSVDConfig.{name}: expected a whole number or None, got {value!r}")
 
     @property
     def calibrated(self) -> bool:

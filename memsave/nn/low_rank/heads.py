@@ -20,6 +20,7 @@ from ..eager import autocast_enabled, plain
 from .group_run import Run
 from .latents import Latents, latent_of
 from .layout import HeadLayout, asks_by_name
+from .lazy_rows import piece_bytes
 from .rows import has_hooks
 
 GROUP_BYTES = {"cpu": 4 * 2**20}
@@ -104,7 +105,8 @@ class HeadStreaming(Converted):
     def _groups(self, x: Tensor, run: Run) -> list[slice]:
         """Key/value heads that run together: as many as the budget allows."""
         head_bytes = prod(x.shape[:-1]) * 2 * (self._layout.per_kv + 1) * run.head_size * x.dtype.itemsize
-        budget_bytes = GROUP_BYTES.get(x.device.type, GROUP_BYTES_ELSEWHERE)
+        chunk_bytes = piece_bytes(self)  # type: ignore[arg-type]
+        budget_bytes = GROUP_BYTES.get(x.device.type, GROUP_BYTES_ELSEWHERE) if chunk_bytes is None else 2 * chunk_bytes
         size, count = max(1, budget_bytes // max(head_bytes, 1)), self._layout.num_kv_heads
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 

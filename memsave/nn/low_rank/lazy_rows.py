@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CHUNK_BYTES = {"cpu": 2 * 2**20}
@@ -35,9 +35,16 @@ _IN_PLACE = {
 }
 
 
-def chunk_rows(features: int, like: Tensor) -> int:
+def piece_bytes(module: nn.Module) -> int | None:
+    """How many bytes a chunk may take by the config that converted `module`, if that says so."""
+    applied = module.__dict__.get("_memsave", {}).values()
+    return next((config.piece_bytes for config in applied if hasattr(config, "piece_bytes")), None)
+
+
+def chunk_rows(features: int, like: Tensor, budget_bytes: int | None = None) -> int:
     """C for a chunk whose widest tensor has so many features, in the dtype and on the device of `like`."""
-    budget_bytes = CHUNK_BYTES.get(like.device.type, CHUNK_BYTES_ELSEWHERE)
+    if budget_bytes is None:
+        budget_bytes = CHUNK_BYTES.get(like.device.type, CHUNK_BYTES_ELSEWHERE)
     return max(MIN_CHUNK_ROWS, budget_bytes // (features * like.dtype.itemsize))
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..eager import autocast_enabled, plain
-from .lazy_rows import LazyRows, chunk_rows, filled, rows_of
+from .lazy_rows import LazyRows, chunk_rows, filled, piece_bytes, rows_of
 
 
 class LowRankLinear(nn.Module):
@@ -71,7 +71,7 @@ class LowRankLinear(nn.Module):
             self.lazy
             and streams
             and x.dtype == self.first.dtype
-            and prod(x.shape[:-1]) > (rows := chunk_rows(self.out_features, x))
+            and prod(x.shape[:-1]) > (rows := chunk_rows(self.out_features, x, piece_bytes(self)))
         ):
             return LazyRows.of(
                 self._shape(x), x, rows, lambda start, stop: self._map(rows_of(x, start, stop)), fresh=True

@@ -21,7 +21,7 @@ from ... import ops
 from ..converted import Converted, original_class
 from ..eager import autocast_enabled, plain
 from ..matrix import as_matrix
-from .lazy_rows import LazyRows, chunk_rows, filled, rows_of
+from .lazy_rows import LazyRows, chunk_rows, filled, piece_bytes, rows_of
 from .linear import LowRankLinear
 
 
@@ -36,7 +36,8 @@ class RowWise(Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or not self._serves(args):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        shape, rows = args[0].shape[:-1], chunk_rows(self._work.hidden_features, args[0])
+        budget_bytes = piece_bytes(self)  # type: ignore[arg-type]
+        shape, rows = args[0].shape[:-1], chunk_rows(self._work.hidden_features, args[0], budget_bytes)
         if prod(shape) <= rows and not any(isinstance(x, LazyRows) for x in args):
             return super().forward(*args)  # type: ignore[misc]
         if (
