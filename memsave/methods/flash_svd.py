@@ -174,7 +174,10 @@ class FlashSVDConfig(TargetedConfig):
                 for name in names:
                     use(name, moment)
 
-            second_moments(model, targets, calibration, use_all, budget_bytes=self.calibration_bytes)
+            try:
+                second_moments(model, targets, calibration, use_all, budget_bytes=self.calibration_bytes)
+            except ValueError as error:
+                raise ValueError(f"convert_model: calibration: {error}") from error
 
         return each
 
@@ -249,6 +252,10 @@ class FlashSVDConfig(TargetedConfig):
         if is_linear(module) or isinstance(module, LowRankLinear):
             return "torch"
         return "by heads" if any(attention_projections(module)) else "by rows"
+
+    def __str__(self) -> str:
+        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"FlashSVDConfig({', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
     def __reduce__(self) -> tuple[Callable[..., FlashSVDConfig], tuple[dict[str, Any]]]:
         # A process that reads a pickled model must know the attention function that its modules ask for.

@@ -71,6 +71,15 @@ class LazyRows(Tensor):
         lazy._rows = _Source(make, rows, fresh)
         return lazy
 
+    def as_it_is(self) -> LazyRows:
+        """Another tensor object with these rows, which stay as they are when something writes to this one."""
+        twin: LazyRows = Tensor._make_wrapper_subclass(
+            LazyRows, self.shape, strides=self.stride(), dtype=self.dtype, device=self.device
+        )
+        twin._rows = self._rows
+        self._rows.readers += 1
+        return twin
+
     @property
     def chunk_rows(self) -> int:
         """How many rows to read at a time."""
@@ -110,7 +119,8 @@ class LazyRows(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in _ELEMENTWISE and (later := _elementwise(func, args, kwargs or {})) is not None:
             return later
-        args, kwargs = tree_map_only(LazyRows, whole, (args, kwargs or {}))
+        writes = getattr(func, "_schema", None) is None or func._schema.is_mutable
+        args, kwargs = tree_map_only(LazyRows, _writable if writes else whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -154,8 +164,35 @@ def whole(tensor: Tensor) -> Tensor:
     return source.whole
 
 
+def _writable(tensor: LazyRows) -> Tensor:
+    """The whole tensor, for an op that may write to it: those that read its rows later get the old values."""
+    old, made = tensor._rows, whole(tensor)
+    tensor._rows = _Source(_no_rows, old.chunk_rows, fresh=False)
+    tensor._rows.whole = made.clone() if old.readers + old.in_parts else made
+    return tensor._rows.whole
+
+
 def _no_rows(start: int, stop: int) -> Tensor:
     raise AssertionError("the whole is there")
+
+
+def kept_for_later(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """What a function of rows may read later, and a check to call before: nothing has written to it since.
+
+    The check raises RuntimeError. Under inference mode torch does not tell.
+    """
+    if isinstance(tensor, LazyRows):
+        return tensor.as_it_is(), lambda: None
+    version = None if tensor.is_inference() else tensor._version
+
+    def check() -> None:
+        if version is not None and tensor._version != version:
+            raise RuntimeError(
+                "memsave: the input of a layer whose output is made later, some tokens at a time, was modified in "
+                "place before that; convert this model with FlashSVDConfig(fuse=False)"
+            )
+
+    return tensor, check
 
 
 def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -186,9 +223,8 @@ def _elementwise(func: Any, args: Any, kwargs: Any) -> LazyRows | None:
     first = tensors[0]
     if not all(isinstance(t, LazyRows) and t.shape == first.shape and t.dtype == first.dtype for t in tensors):
         return None
-    assert isinstance(first, LazyRows)
-    for tensor in tensors:
-        tensor._rows.readers += 1  # type: ignore[attr-defined]
+    args, kwargs = tree_map_only(LazyRows, LazyRows.as_it_is, (args, kwargs))
+    first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyRows))
 
     def make(start: int, stop: int) -> Tensor:
         if tensors[1:] or func not in _IN_PLACE or (own := first._rows.own_rows(start, stop)) is None:

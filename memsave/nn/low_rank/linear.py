@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..eager import autocast_enabled, plain
-from .lazy_rows import LazyRows, chunk_rows, filled, piece_bytes, rows_of
+from .lazy_rows import LazyRows, chunk_rows, filled, kept_for_later, piece_bytes, rows_of
 
 
 class LowRankLinear(nn.Module):
@@ -73,12 +73,19 @@ class LowRankLinear(nn.Module):
             and x.dtype == self.first.dtype
             and prod(x.shape[:-1]) > (rows := chunk_rows(self.out_features, x, piece_bytes(self)))
         ):
-            return LazyRows.of(
-                self._shape(x), x, rows, lambda start, stop: self._map(rows_of(x, start, stop)), fresh=True
-            )
+            return self._later(x, rows)
         if isinstance(x, LazyRows):
             return filled(self._shape(x), x, x.chunk_rows, lambda start, stop: self._map(x.take_rows(start, stop)))
         return self._map(x)
+
+    def _later(self, x: Tensor, rows: int) -> LazyRows:
+        source, check = kept_for_later(x)
+
+        def make(start: int, stop: int) -> Tensor:
+            check()
+            return self._map(rows_of(source, start, stop))
+
+        return LazyRows.of(self._shape(x), x, rows, make, fresh=True)
 
     def _map(self, x: Tensor) -> Tensor:
         return self.expand(self.project(x))

@@ -21,7 +21,7 @@ from ... import ops
 from ..converted import Converted, original_class
 from ..eager import autocast_enabled, plain
 from ..matrix import as_matrix
-from .lazy_rows import LazyRows, chunk_rows, filled, piece_bytes, rows_of
+from .lazy_rows import LazyRows, chunk_rows, filled, kept_for_later, piece_bytes, rows_of
 from .linear import LowRankLinear
 
 
@@ -46,15 +46,18 @@ class RowWise(Converted):
             and (y := self._by_kernel(args[0], self._work.kernel)) is not None
         ):
             return y
-        original = super().forward  # type: ignore[misc]
+        original, lazy = super().forward, self._work.lazy  # type: ignore[misc]
+        sources, checks = zip(*map(kept_for_later, args), strict=True) if lazy else (args, ())
 
         def make(start: int, stop: int) -> Tensor:
+            for check in checks:
+                check()
             # With a dimension for the batch: a module may expect one.
-            y: Tensor = original(*(_part(x, start, stop) for x in args))[0]
+            y: Tensor = original(*(_part(x, start, stop) for x in sources))[0]
             return y
 
         result = torch.Size((*shape, self._work.out_features))
-        return LazyRows.of(result, args[0], rows, make) if self._work.lazy else filled(result, args[0], rows, make)
+        return LazyRows.of(result, args[0], rows, make) if lazy else filled(result, args[0], rows, make)
 
     def _by_kernel(self, x: Tensor, block: FusedBlock) -> Tensor | None:
         """The whole block by one op, where all its linears are low-rank with one pair of factors."""

@@ -314,3 +314,27 @@ def test_copies_stream(blocks: Any) -> None:
     with torch.no_grad():
         copied = copy.deepcopy(model)
         assert torch.equal(copied(x), model(x)) and len(chunks(copied, x)) == 20
+
+
+def test_writing_to_lazy_rows_does_not_reach_what_was_made_of_them_before() -> None:
+    with torch.no_grad():
+        source = torch.ones(2, 5, 3)
+        first = LazyRows.of(source.shape, source, 2, lambda a, b: source.view(-1, 3)[a:b].clone(), fresh=True)
+        second = torch.relu(first)
+        first.mul_(2)
+        assert torch.equal(torch.cat([second]), source) and torch.equal(torch.cat([first]), 2 * source)
+        assert torch.equal(source, torch.ones(2, 5, 3))
+
+
+def test_an_input_that_is_modified_before_its_rows_are_made_raises() -> None:
+    linear = LowRankLinear(4, 400, 2).eval()
+    linear.lazy = True
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 1400, 4)
+    with torch.no_grad():
+        y = linear(x)
+        assert isinstance(y, LazyRows)
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="was modified in place before that"):
+            torch.cat([y])
