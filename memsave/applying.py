@@ -62,7 +62,8 @@ class Application:
         if config.irrevocable and new is not old:
             self._irrevocable.append(name)
         else:
-            self._undo.append(lambda: _put_back(self._model, new, old, config, earlier))
+            model = self._model  # without a reference to self, which would be a cycle around the model
+            self._undo.append(lambda: _put_back(model, new, old, config, earlier))
         if new is not old:
             if config.scope == "model":
                 raise TypeError(f"{config}: a method of model scope must return the model itself")

@@ -48,6 +48,32 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "at the peak, by module" in capsys.readouterr().out
 
 
+def for_inference() -> dict[str, Any]:
+    """What the code for FlashSVD takes for granted."""
+    given = small_llama()
+    model = given["model"].eval()
+    ids = given["batch"]["input_ids"]
+    return {"model": model, "batches": [{"input_ids": ids}], "inputs": {"input_ids": ids[:, :4]}, "memsave": memsave}
+
+
+def test_the_readmes_code_for_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```py\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), for_inference())
+    assert (tmp_path / "compressed" / "memsave.json").is_file()
+
+
+def test_flash_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = for_inference()
+    page = (DOCS / "flash_svd.md").read_text().replace('r"encoder.*"', 'r"model.layers.*"')
+    compress, cached = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(compress.partition("memsave.restore_model")[0], "flash_svd.md", "exec"), given)
+    exec(compile(cached, "flash_svd.md", "exec"), given)
+    assert "by heads" in str(given["report"]) and given["cache"].nbytes > 0
+    memsave.restore_model(given["model"], allow_lossy=True)
+
+
 @pytest.mark.skipif(_native.library() is None, reason=f"the README shows C++ kernels: {_native.state()}")
 def test_the_reports_in_the_readme_are_those_of_the_demos_model() -> None:
     """The groups as they stand there; the bytes within 2%, since torch's versions differ."""

@@ -75,7 +75,7 @@ def _checked(
     if way is None or way.get("fuse") is False:
         return None
     still = _converted(plain, ratio, {**way, "fuse": False})
-    batch, length, _ = max(case.sizes, key=lambda size: size[0] * size[1])
+    batch, length, _ = min(case.sizes, key=lambda size: size[0] * size[1])
     x = case.example(batch, length).to(device)
     x = x.to(case.dtype) if x.is_floating_point() else x
     truth = _call(case.forward, copy.deepcopy(still).double(), x.double() if x.is_floating_point() else x)()

@@ -56,7 +56,7 @@ class FlashSVDConfig(TargetedConfig):
         kernel: whether feed-forward blocks that are one module run as one op, in which hidden units exist on the chip
             alone. On a GPU that is a Triton kernel, which has not been measured there yet; off by default.
         piece_bytes: how many bytes the widest tensor of one chunk of tokens may take; a group of heads may take twice
-            that. None means 2 MiB on the CPU and 64 MiB elsewhere. Larger pieces are quicker.
+            that. None means 4 MiB on the CPU and 64 MiB elsewhere. Larger pieces are quicker.
         keep_originals: whether the plain weights live until all are converted, so that an error undoes everything.
             False gives each one up at once: the peak stays near one layer above the model.
         calibration_bytes: how many bytes of second moments may live at once, those of the largest at least (None).

@@ -23,7 +23,7 @@ from .layout import HeadLayout, asks_by_name
 from .lazy_rows import piece_bytes
 from .rows import has_hooks
 
-GROUP_BYTES = {"cpu": 4 * 2**20}
+GROUP_BYTES = {"cpu": 8 * 2**20}
 GROUP_BYTES_ELSEWHERE = 128 * 2**20
 """How many bytes q, k, v and the output of one group of heads may take, by type of device."""
 _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-CHUNK_BYTES = {"cpu": 2 * 2**20}
+CHUNK_BYTES = {"cpu": 4 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 64 * 2**20
 """How many bytes the widest tensor (C, F) of one chunk may take, by type of device."""
 MIN_CHUNK_ROWS = 64
