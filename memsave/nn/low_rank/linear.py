@@ -216,5 +216,11 @@ def _no_weight(name: str) -> str:
 
 
 def _rows(tensor: Tensor, parts: Sequence[slice]) -> Tensor:
-    """The rows of `tensor` that `parts` name, in their order; a view where there is one part."""
-    return torch.cat([tensor[part] for part in parts]) if len(parts) > 1 else tensor[parts[0]]
+    """The rows of `tensor` that `parts` name, in their order; a view where they follow on each other."""
+    joined = [parts[0]]
+    for part in parts[1:]:
+        if part.start == joined[-1].stop:
+            joined[-1] = slice(joined[-1].start, part.stop)
+        else:
+            joined.append(part)
+    return torch.cat([tensor[part] for part in joined]) if len(joined) > 1 else tensor[joined[0]]
