@@ -121,7 +121,7 @@ def test_metadata(pure_wheel: Path) -> None:
     metadata = dist_info(pure_wheel, "METADATA")
     required = metadata.get_all("Requires-Dist") or []
     assert {line for line in required if "extra ==" not in line} == {"torch>=2.10", "einops"}
-    assert set(metadata.get_all("Provides-Extra") or []) == {"hf", "plot", "triton", "test", "bench"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"hf", "plot", "triton", "test", "bench", "encoder"}
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     (triton,) = (line for line in required if line.startswith("triton"))

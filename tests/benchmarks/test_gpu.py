@@ -16,6 +16,8 @@ from benchmarks import gpu
 
 ROOT = Path(__file__).parents[2]
 
+TILES = ["tiles_sampled_matmul", "tiles_low_rank_mlp", "tiles_gather_rows", "tiles_sddmm"]
+
 
 def dry_run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--out", str(out), *options]
@@ -32,7 +34,7 @@ def test_all_parts_of_a_dry_run(tmp_path: Path) -> None:
     assert "skipped" in (tmp_path / "out" / "tests.log").read_text().splitlines()[-1]
     results, tune = (json.loads((tmp_path / "out" / name).read_text()) for name in ("results.json", "tune.json"))
     assert list(results["results"]) == ["op_new_seed", "op_row_inclusion"]
-    assert list(tune["results"]) == ["tiles_sampled_matmul", "tiles_gather_rows", "tiles_sddmm"]
+    assert list(tune["results"]) == TILES
     assert results["tiny"] and all(data["tiny"] for data in tune["results"].values())
     assert "All passed." in done.stdout
 
@@ -41,7 +43,7 @@ def test_a_spent_budget_leaves_everything_out_and_says_so(tmp_path: Path) -> Non
     done = dry_run(tmp_path / "out", "--part", "tune", "--budget-s", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     left_out = json.loads((tmp_path / "out" / "tune.json").read_text())["left_out"]
-    assert list(left_out) == ["tiles_sampled_matmul", "tiles_gather_rows", "tiles_sddmm"]
+    assert list(left_out) == TILES
     assert "LEFT OUT: tiles_gather_rows: 0 s of the time budget were left" in done.stdout
 
 
