@@ -393,3 +393,17 @@ def test_t5_in_half_precision_with_some_linears_in_full() -> None:
         memsave.restore_model(model, allow_lossy=True)
         expected = model(**batch).logits
     assert found.dtype == expected.dtype and 0 < float((found - expected).norm()) < 0.05 * float(expected.norm())
+
+
+def test_attention_whose_output_projection_is_no_target_says_so() -> None:
+    model = next(a for a in ARCHITECTURES if a.name == "Llama").make()
+    report = memsave.convert_model(model, FlashSVDConfig(rank=3, target_modules=["q_proj", "k_proj", "v_proj"]))
+    (reason,) = {skip.reason for skip in report.skipped if skip.kind == "LlamaAttention"}
+    assert reason == "not fused: its output projection stays dense, so its output would be whole"
+
+
+def test_attention_that_has_no_target_is_not_spoken_of() -> None:
+    model = next(a for a in ARCHITECTURES if a.name == "Llama").make()
+    report = memsave.convert_model(model, FlashSVDConfig(rank=3, target_modules=[r"up_proj", "gate_proj", "down_proj"]))
+    assert {row.kind for row in report.rows} == {"Linear", "LlamaMLP"}
+    assert not [skip for skip in report.skipped if skip.kind == "LlamaAttention"]

@@ -118,13 +118,14 @@ def _layouts(model: nn.Module, targets: Mapping[str, nn.Module], plan: LowRankPl
     found = {}
     for inner, roles in attention_projections(model):
         around = inner.rpartition(".")[0]
-        if not any(_join(inner, name) in targets for name in roles.values()):
-            if not any(name.startswith(f"{around}.") for name in targets):
-                continue
+        projects = any(_join(inner, name) in targets for name in roles.values())
+        if not projects and not any(name.startswith(f"{around}.") for name in targets):
+            continue
         result = head_layout(model, inner, roles)
         if isinstance(result, str):
-            plan.reasons[inner] = f"not fused: {result}"
-        elif _join(result[0], result[1].output) in targets:
+            if projects:
+                plan.reasons[inner] = f"not fused: {result}"
+        elif projects or _join(result[0], result[1].output) in targets:
             found[result[0]] = result[1]
     return found
 
