@@ -75,13 +75,13 @@ def reads_like_linear(module: nn.Module) -> bool:
 def in_features(linear: nn.Module) -> int:
     """The width of what a linear, or an adapter around one, takes."""
     linear = getattr(linear, "base_layer", linear)
-    return int(linear.in_features if isinstance(linear, nn.Linear) else linear.nx)  # type: ignore[arg-type]
+    return int(linear.in_features if hasattr(linear, "in_features") else linear.nx)  # type: ignore[arg-type]
 
 
 def out_features(linear: nn.Module) -> int:
     """The width of what a linear, or an adapter around one, gives."""
     linear = getattr(linear, "base_layer", linear)
-    return int(linear.out_features if isinstance(linear, nn.Linear) else linear.nf)  # type: ignore[arg-type]
+    return int(linear.out_features if hasattr(linear, "out_features") else linear.nf)  # type: ignore[arg-type]
 
 
 def looks_like_mlp(module: nn.Module) -> bool:

@@ -31,7 +31,18 @@ class ActFirst(nn.Module):
         return self.down(self.act(gate) * up)
 
 
-BLOCKS = {"gated": GatedMLP, "fused": FusedMLP, "plain": plain_mlp, "act first": ActFirst}
+def with_dropouts() -> nn.Module:
+    """T5's has the first, GPT-2's the second; in evaluation they do nothing."""
+    return nn.Sequential(nn.Linear(WIDTH, 20), nn.GELU(), nn.Dropout(0.5), nn.Linear(20, WIDTH), nn.Dropout(0.5))
+
+
+BLOCKS = {
+    "gated": GatedMLP,
+    "fused": FusedMLP,
+    "plain": plain_mlp,
+    "act first": ActFirst,
+    "dropouts": with_dropouts,
+}
 
 
 def models(name: str, **settings: Any) -> tuple[Any, Any]:
@@ -79,3 +90,38 @@ def test_small_inputs_and_gradients_take_the_plain_forward(monkeypatch: pytest.M
     monkeypatch.setattr(rows, "chunk_rows", lambda *_: 4)
     model(x).sum().backward()
     assert model[1].up_proj.first.grad is not None
+
+
+def test_a_dropout_that_is_left_on_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "chunk_rows", lambda *_: 4)
+    monkeypatch.setattr(rows.ops, "low_rank_mlp", lambda *_: pytest.fail("it would drop nothing"))
+    model, still = models("dropouts")
+    model[1][4].train()
+    with torch.no_grad():
+        assert (model(torch.randn(2, 9, WIDTH)) == 0).any()
+
+
+class OverTokens(nn.Module):
+    """Looks like a feed-forward block, but its forward mixes the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(WIDTH, 40), nn.GELU(), nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x - x.mean(1, keepdim=True))))
+
+
+def test_a_block_that_needs_all_tokens_is_named_and_left_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "chunk_rows", lambda *_: 4)
+    monkeypatch.setitem(BLOCKS, "over tokens", OverTokens)
+    model, still = models("over tokens")
+    assert not isinstance(model[1], RowWise)
+    report = memsave.convert_model(
+        nn.Sequential(nn.Identity(), OverTokens()), memsave.FlashSVDConfig(rank=3, target_modules=r".*")
+    )
+    (reason,) = {skip.reason for skip in report.skipped}
+    assert reason == "not fused: tried on a few tokens, its forward does not work on each alone"
+    x = torch.randn(2, 9, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), still(x))

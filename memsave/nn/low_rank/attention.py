@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..calibrating import evaluating
 from ..converted import original_class
 from ..linear import is_linear
 from ..mlp_graph import in_features, out_features
@@ -124,8 +125,8 @@ def _output_of(model: nn.Module, inner: str, taken: set[str]) -> tuple[str, str,
 def _sizes(root: nn.Module, inner: str, names: Mapping[str, str], output: str) -> list[tuple[int, int, int]]:
     """(query heads, key/value heads, head size) as they may be."""
     module = root.get_submodule(inner)
-    wide, narrow = (_width(root.get_submodule(names[role])) for role in ("query", "key"))
-    width = _in_width(root.get_submodule(output))
+    wide, narrow = (out_features(root.get_submodule(names[role])) for role in ("query", "key"))
+    width = in_features(root.get_submodule(output))
     sizes = [value for name in _HEAD_SIZES if (value := _number(module, name))]
     counts = [value for name in _COUNTS if (value := _number(module, name))]
     sizes += [width // count for count in counts if width % count == 0]
@@ -153,20 +154,10 @@ def _number(module: nn.Module, name: str) -> int | None:
     return None
 
 
-def _width(linear: nn.Module) -> int:
-    return linear.out_features if isinstance(linear, LowRankLinear) else out_features(linear)
-
-
-def _in_width(linear: nn.Module) -> int:
-    return linear.in_features if isinstance(linear, LowRankLinear) else in_features(linear)
-
-
 def _tried(root: nn.Module, layout: HeadLayout) -> HeadLayout | str:
     """The layout with the attributes that must count a group's heads, as it computes the same; or why none does."""
-    training = [m for m in root.modules() if m.training]
-    root.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(root):
             args, kwargs = _example(root, layout)
             expected = original_class(root).forward(root, *args, **kwargs)
             expected = without_probabilities(expected, layout, slice(0, layout.num_kv_heads))
@@ -176,9 +167,6 @@ def _tried(root: nn.Module, layout: HeadLayout) -> HeadLayout | str:
             return _with_latents(root, _resized(root, scaled, args, kwargs, expected), args, kwargs)
     except Exception as error:
         return f"its forward could not be tried ({type(error).__name__}: {str(error).partition('. ')[0][:80]})"
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _first_alike(
@@ -280,7 +268,7 @@ def _example(root: nn.Module, layout: HeadLayout) -> tuple[tuple[Tensor, ...], d
     query = root.get_submodule(layout.query)
     like = next(query.parameters())
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, _TOKENS, _in_width(query), generator=generator).to(like)
+    x = torch.randn(2, _TOKENS, in_features(query), generator=generator).to(like)
     angles = torch.rand(2, _TOKENS, layout.head_size // 2, generator=generator).repeat(1, 1, 2)
     known = {"position_embeddings": (angles.cos().to(like), angles.sin().to(like)), "attention_mask": None}
     first, *parameters = list(inspect.signature(original_class(root).forward).parameters.values())[1:]

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ..mlp_graph import NoMatch, looks_like_mlp, mlp_graph
+from ..mlp_graph import NoMatch, in_features, looks_like_mlp, mlp_graph, out_features
 from .attention import is_projection
-from .linear import LowRankLinear
 from .rows import FusedBlock, RowWork, row_work
 
 
@@ -24,10 +23,12 @@ class RowPlan:
     Attributes:
         work: the modules that `RowWise` serves.
         lazy: the linears that return `LazyRows`.
+        reasons: the blocks that need all tokens at a time, and why.
     """
 
     work: dict[str, RowWork] = field(default_factory=dict)
     lazy: set[str] = field(default_factory=set)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 def row_plan(model: nn.Module, chosen: Collection[str], tails: Collection[str], *, kernel: bool = False) -> RowPlan:
@@ -41,7 +42,10 @@ def row_plan(model: nn.Module, chosen: Collection[str], tails: Collection[str], 
     for name, module in model.named_modules():
         linears = {child: m for child, m in module.named_children() if f"{_dot(name)}{child}" in taken}
         if name and linears and looks_like_block(module):
-            if work := row_work(module, [_sizes(next(iter(linears_of(module).values())))[0]]):
+            work = row_work(module, [in_features(next(iter(linears_of(module).values())))])
+            if work is None:
+                plan.reasons[name] = "not fused: tried on a few tokens, its forward does not work on each alone"
+            else:
                 plan.work[name] = replace(work, kernel=_fused_block(module) if kernel else None)
             continue
         for first, second in _chains(linears):
@@ -69,8 +73,6 @@ def _fused_block(module: nn.Module) -> FusedBlock | None:
         graph = mlp_graph(module)
     except NoMatch:
         return None
-    if graph.dropout is not None or graph.trailing is not None:
-        return None  # in evaluation they do nothing, but hooks on them would not run
     gate = graph.linears[0 if graph.fused else graph.gate]
     up = None if not graph.gated else gate if graph.fused else graph.linears[1 - graph.gate]
     return FusedBlock(gate, up, graph.down, int(graph.activation), graph.gate)
@@ -114,9 +116,7 @@ def _pair(module: nn.Module, name: str, chosen: Collection[str]) -> tuple[str, s
 
 def _sizes(linear: nn.Module) -> list[int]:
     """Its input's and its output's width."""
-    if isinstance(linear, (nn.Linear, LowRankLinear)):
-        return [linear.in_features, linear.out_features]
-    return [int(linear.nx), int(linear.nf)]  # type: ignore[arg-type]
+    return [in_features(linear), out_features(linear)]
 
 
 def _dot(name: str) -> str:

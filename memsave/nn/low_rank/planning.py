@@ -56,7 +56,7 @@ class LowRankPlan:
         heads: the attention modules that run by groups of heads.
         rows: the modules that run on some tokens at a time.
         refused: targets that stay dense, and why.
-        reasons: attention modules that do not stream, and why.
+        reasons: attention modules and feed-forward blocks that do not stream, and why.
     """
 
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -94,6 +94,7 @@ def _plan_streaming(model: nn.Module, layouts: Mapping[str, HeadLayout], plan: L
     tails = [_join(root, layout.tail) for root, layout in plan.heads.items() if layout.tail]
     rows = row_plan(model, plan.linears, tails, kernel=kernel)
     plan.rows = rows.work
+    plan.reasons |= rows.reasons
     for name in rows.lazy:
         plan.linears[name]["lazy"] = True
 

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ..calibrating import evaluating
 from ..converted import Converted, original_class
 from ..eager import autocast_enabled, plain
+from ..linear import is_linear
 from ..matrix import as_matrix
+from ..mlp_graph import out_features
 from .lazy_rows import LazyRows, chunk_rows, filled, kept_for_later, piece_bytes, rows_of
 from .linear import LowRankLinear
 
@@ -65,6 +68,8 @@ class RowWise(Converted):
         gate, up, down = (self.get_submodule(name) for name in names)  # type: ignore[attr-defined]
         if not all(isinstance(linear, LowRankLinear) and linear.heads is None for linear in (gate, up, down)):
             return None
+        if any(module.training for module in _inner_modules(self)):  # type: ignore[arg-type]
+            return None  # a dropout that is left on
         latent = as_matrix(gate.project(x))
         (expand, bias), (expand_up, bias_up), latent_up = (gate.second, gate.bias), (None, None), None
         if block.up == block.gate:
@@ -158,22 +163,17 @@ def row_work(module: nn.Module, input_features: Sequence[int]) -> RowWork | None
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, 3, width, generator=generator).to(like) for width in input_features]
     forward = original_class(module).forward
-    was_training = [m for m in module.modules() if m.training]
-    module.eval()
     try:
-        y = forward(module, *inputs)
-        parts = [forward(module, *(x[:, i : i + 1] for x in inputs)) for i in range(3)]
+        with evaluating(module):
+            y = forward(module, *inputs)
+            parts = [forward(module, *(x[:, i : i + 1] for x in inputs)) for i in range(3)]
     except Exception:  # whatever its forward does with a matrix of rows
         return None
-    finally:
-        for inner in was_training:
-            inner.training = True
     if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[:2] != (1, 3):
         return None
     if not torch.allclose(y, torch.cat(parts, 1), rtol=1e-3, atol=float(1e-3 * y.abs().max())):
         return None
-    widths = [m.out_features for m in module.modules() if isinstance(m, (nn.Linear, LowRankLinear))]
-    widths += [int(m.nf) for m in module.modules() if type(m).__name__ == "Conv1D"]  # type: ignore[arg-type]
+    widths = [out_features(m) for m in module.modules() if is_linear(m) or isinstance(m, LowRankLinear)]
     return RowWork(len(inputs), y.shape[-1], max([*widths, *input_features]))
 
 
