@@ -84,6 +84,16 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_memsave_base", type(module))
 
 
+def is_watched(module: nn.Module, *, besides: str = "") -> bool:
+    """Whether hooks watch the calls of `module`, or something stands in for its forward: it must be called as it was.
+
+    besides: the name of hook functions that do not count.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    watching = (hook for each in hooks for hook in each.values())
+    return "forward" in module.__dict__ or any(not besides or getattr(h, "__name__", "") != besides for h in watching)
+
+
 def why_not_in_place(module: nn.Module) -> str | None:
     """Say why the class of `module` cannot be swapped without losing something, or return None."""
     cls = original_class(module)

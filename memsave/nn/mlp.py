@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.activation import reference
 from .activation import activate, gated
-from .converted import Converted, original_class
+from .converted import Converted, is_watched, original_class
 from .eager import autocast_enabled, only_input, plain
 from .linear import ConvertedLinear, is_linear
 from .mlp_graph import MLPGraph, out_features
@@ -134,7 +134,7 @@ class ConvertedMLP(Converted):
     def _is_as_traced(self, x: Tensor) -> bool:
         """Whether the children are such that the original forward would do no more than the graph says."""
         graph = self._graph
-        if any(_has_hooks(self._child(name)) for name in graph.others):
+        if any(is_watched(self._child(name)) for name in graph.others):
             return False
         if graph.act is not None and original_class(self._child(graph.act[0])).__qualname__ != graph.act[1]:
             return False
@@ -187,17 +187,10 @@ class ConvertedMLP(Converted):
         return kept + num_rows * sum(widths) * dtype.itemsize
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _works_row_by_row(linear: nn.Module) -> bool:
     """Whether `linear` may be given some rows at a time: there is no adapter, hook or sample that sees all of them."""
     parts = linear.__dict__.get("_memsave_parts", {})
-    own_forward = "forward" in linear.__dict__
-    return is_linear(linear) and not own_forward and not _has_hooks(linear) and "keep" not in parts
+    return is_linear(linear) and not is_watched(linear) and "keep" not in parts
 
 
 def _can_leave(parameters: list[Tensor]) -> bool:

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..converted import Converted
+from ..converted import Converted, is_watched
 from ..eager import autocast_enabled, plain
 from .group_run import Run
 from .latents import Latents, latent_of
 from .layout import HeadLayout, asks_by_name
 from .lazy_rows import piece_bytes
-from .rows import has_hooks
 
 GROUP_BYTES = {"cpu": 8 * 2**20}
 GROUP_BYTES_ELSEWHERE = 128 * 2**20
 """How many bytes q, k, v and the output of one group of heads may take, by type of device."""
+_COLLECTING = "output_capturing_hook"
+"""The hooks by which transformers collects outputs; it leaves them in place. The probabilities of parts are None."""
 _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
 _OTHER_INPUTS = ("encoder_hidden_states", "key_value_states", "layer_head_mask", "head_mask")
 
@@ -90,7 +91,8 @@ class HeadStreaming(Converted):
         if not redirect and any(map(self._by_head, (*others, *kwargs.values()))):
             return False  # a bias that nobody divides
         asked = kwargs.get("output_attentions") or any(kwargs.get(name) is not None for name in _OTHER_INPUTS)
-        return not (asked or self.training or any(map(has_hooks, self._watched())))  # type: ignore[attr-defined]
+        watched = any(is_watched(module, besides=_COLLECTING) for module in self._watched())
+        return not (asked or self.training or watched)  # type: ignore[attr-defined]
 
     def _by_head(self, value: object) -> bool:
         """Whether an argument has values for each query head."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..calibrating import evaluating
-from ..converted import Converted, original_class
+from ..converted import Converted, is_watched, original_class
 from ..eager import autocast_enabled, plain
 from ..linear import is_linear
 from ..matrix import as_matrix
@@ -94,7 +94,7 @@ class RowWise(Converted):
             and len(args) == self._work.num_inputs
             and not plain(args[0])
             and not autocast_enabled(args[0])
-            and not any(map(has_hooks, _inner_modules(self)))  # type: ignore[arg-type]
+            and not any(map(is_watched, _inner_modules(self)))  # type: ignore[arg-type]
         )
 
     def reference(self, *args: Tensor) -> Tensor:
@@ -175,16 +175,6 @@ def row_work(module: nn.Module, input_features: Sequence[int]) -> RowWork | None
         return None
     widths = [out_features(m) for m in module.modules() if is_linear(m) or isinstance(m, LowRankLinear)]
     return RowWork(len(inputs), y.shape[-1], max([*widths, *input_features]))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something watches the calls of `module`, or stands in for its forward.
-
-    Not the hooks by which transformers collects outputs, which it leaves in place: those of parts are None here.
-    """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    watching = (hook for each in hooks for hook in each.values())
-    return "forward" in module.__dict__ or any(getattr(h, "__name__", "") != "output_capturing_hook" for h in watching)
 
 
 def _part(x: Tensor, start: int, stop: int) -> Tensor:
