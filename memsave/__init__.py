@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .methods import (
         FlashSVDConfig,
         LinearCrossEntropyConfig,
+        PatchConvConfig,
         RecomputeActivationConfig,
         RecomputeDropoutConfig,
         RecomputeMLPConfig,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         ShareMaskConfig,
         WTACRSConfig,
     )
+    from .methods.patch_conv import patch_plans
     from .nn.grad_norms import sample_cache_bytes, sample_ids
     from .nn.linear_cross_entropy import linear_cross_entropy
     from .ops import backends
@@ -70,6 +72,7 @@ _PLACES = {
     "methods": (
         "FlashSVDConfig",
         "LinearCrossEntropyConfig",
+        "PatchConvConfig",
         "RecomputeActivationConfig",
         "RecomputeDropoutConfig",
         "RecomputeMLPConfig",
@@ -77,6 +80,7 @@ _PLACES = {
         "ShareMaskConfig",
         "WTACRSConfig",
     ),
+    "methods.patch_conv": ("patch_plans",),
     "nn.grad_norms": ("sample_cache_bytes", "sample_ids"),
     "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
@@ -101,6 +105,7 @@ __all__ = [
     "MethodConfig",
     "NoMatchError",
     "NotAModelError",
+    "PatchConvConfig",
     "Report",
     "RecomputeActivationConfig",
     "RecomputeDropoutConfig",
@@ -122,6 +127,7 @@ __all__ = [
     "load_adapter",
     "low_rank_cache",
     "measure",
+    "patch_plans",
     "restore_model",
     "sample_cache_bytes",
     "sample_ids",

@@ -199,12 +199,16 @@ class Survey:
         around: further modules, around the targets, that are converted after them.
         reasons: modules around the targets that are not, and why.
         states: what `rebuild` must know to convert each target and each module around one; see `module_state`.
+        converted: what a method of model scope converts, by name; None: what `within` says of the model.
+        notes: what the report says besides, each a paragraph.
     """
 
     refused: Mapping[str, str] = field(default_factory=dict)
     around: Sequence[tuple[str, nn.Module]] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
     states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    converted: Sequence[tuple[str, nn.Module]] | None = None
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,10 +66,11 @@ def convert_model(
     kinds = {id(m.module): kind_of(m.module) for m in modules}
     report = Report(
         action="would be converted (dry run)" if dry_run else "converted",
-        rows=group_rows(_converted(plan.changes), kinds),
-        already=group_rows(_converted(plan.already), kinds),
+        rows=group_rows(_converted(plan.changes, surveys), kinds),
+        already=group_rows(_converted(plan.already, {}), kinds),
         skipped=skipped(modules, plan, wanted),
         devices=tuple(sorted({str(p.device) for p in model.parameters()})),
+        notes=tuple(note for survey in surveys.values() for note in survey.notes),
         estimate=None if batch is None else _estimate(model, plan, surveys, batch),
     )
     if not dry_run:
@@ -89,12 +90,15 @@ def _check_calibration(plan: Plan, calibration: Iterable[Any] | None) -> None:
         raise ValueError(f"convert_model: calibration was given, but no config of this call looks at it. {_UNCHANGED}")
 
 
-def _converted(changes: Sequence[Change]) -> list[Change]:
+def _converted(changes: Sequence[Change], surveys: Surveys) -> list[Change]:
     """The changes as the report names them: what a method of model scope converts, instead of the model."""
     found: list[Change] = []
     for change in changes:
         if change.config.scope == "model":
-            found += [Change(name, module, change.config) for name, module in change.config.within(change.module)]
+            survey = surveys.get(change.config)
+            known = survey.converted if survey is not None else None
+            parts = change.config.within(change.module) if known is None else known
+            found += [Change(name, module, change.config) for name, module in parts]
         else:
             found.append(change)
     return found
@@ -149,7 +153,7 @@ def restore_model(
     problems += _restore_problems(changes, adapters, allow_lossy)
     raise_all(problems)
     kinds = {id(m.module): kind_of(m.module) for m in modules}
-    rows = group_rows(_converted(changes), kinds)
+    rows = group_rows(_converted(changes, {}), kinds)
     unapply_changes(model, changes, adapters)
     return Report(action="restored", rows=rows)
 

@@ -90,6 +90,7 @@ class Report:
         already: groups that were in that state before; nothing was done to them.
         skipped: groups that hold parameters and were left as they are.
         devices: the devices of the parameters.
+        notes: what the methods say besides, such as a plan.
         estimate: what the conversion changes in bytes, if `convert_model` was given a batch.
     """
 
@@ -98,6 +99,7 @@ class Report:
     already: tuple[Row, ...] = ()
     skipped: tuple[Skip, ...] = ()
     devices: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     estimate: Estimate | None = None
 
     @property
@@ -120,6 +122,7 @@ class Report:
         if self.skipped:
             lines.append("left as they are (share of the parameter bytes):")
             lines += _aligned([(f"{s.share:.1%}", s.modules, f"x{s.count}", s.kind, s.reason) for s in self.skipped])
+        lines += self.notes
         if self.estimate:
             lines.append(str(self.estimate))
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from .flash_svd import FlashSVDConfig
 from .linear_cross_entropy import LinearCrossEntropyConfig
+from .patch_conv import PatchConvConfig
 from .recompute_activation import RecomputeActivationConfig
 from .recompute_dropout import RecomputeDropoutConfig
 from .recompute_mlp import RecomputeMLPConfig
@@ -16,6 +17,7 @@ METHODS = (
     RecomputeMLPConfig,
     ShareMaskConfig,
     LinearCrossEntropyConfig,
+    PatchConvConfig,
     WTACRSConfig,
     FlashSVDConfig,
 )
@@ -24,6 +26,7 @@ __all__ = [
     "METHODS",
     "FlashSVDConfig",
     "LinearCrossEntropyConfig",
+    "PatchConvConfig",
     "RecomputeActivationConfig",
     "RecomputeDropoutConfig",
     "RecomputeMLPConfig",

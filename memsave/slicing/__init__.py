@@ -1,0 +1,1 @@
+"""Running a module's forward part by part: the graph, the rules of its ops, the schedules and the planner."""

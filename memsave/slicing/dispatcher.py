@@ -1,0 +1,251 @@
+"""What stands in for a planned module's forward: it runs the plan where that is the same, and the original elsewhere.
+
+It is kept as `forward` in the instance. The module tree, the classes and the parameters stay what they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from ..errors import UnsupportedModelError
+from .errors import CannotTrace
+from .executor import run
+from .plainly import runs_plainly
+from .plan import Plan, make_plan
+from .tracing import Traced, read, trace
+
+PLANNED = "planned"
+GRADIENTS = "gradients are enabled"
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+_COLLECTING = "output_capturing_hook"  # transformers' hooks, which do nothing until somebody asks for their outputs
+
+
+class Dispatcher:
+    """The forward of one module.
+
+    Attributes:
+        module: whose forward it is.
+        name: its qualified name in the model, for messages.
+        settings: see `make_plan`.
+        calls: how many calls ran by a plan, and why others did not.
+        plans: by the shapes of a call; text where there can be none.
+    """
+
+    def __init__(self, module: nn.Module, name: str, settings: Mapping[str, Any]) -> None:
+        self.module, self.name, self.settings = module, name, dict(settings)
+        self.calls: Counter[str] = Counter()
+        self.plans: dict[Any, Plan | str] = {}
+        self._traces: dict[Any, Traced | str] = {}
+        self._signature: Any = None
+        self._tree: tuple[nn.Module, ...] | None = None  # the modules within that the traces hold for
+        self._readers: dict[int, list[tuple[str, dict[str, Any], str, Tensor]]] = {}
+        self._warned = False
+
+    def plan_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        """The plan for calls like this one, which is what the module is planned for from here on.
+
+        Raises:
+            CannotTrace or UnsupportedModelError: there is none.
+        """
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        self._signature = _signature(self.module, leaves, spec)
+        self._tree = tuple(_walk(self.module))
+        return self._make(leaves, args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if runs_plainly() or torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        reason = self._why_plain(leaves, spec)
+        if reason is None:
+            plan = self._find(leaves, args, kwargs)
+            if isinstance(plan, Plan) and (tensors := self._tensors(plan)) is not None:
+                self.calls[PLANNED] += 1
+                return self._run(plan, leaves, tensors, args, kwargs)
+            reason = plan if isinstance(plan, str) else "the parameters have other shapes, dtypes or devices by now"
+        self.calls[reason] += 1
+        if reason == GRADIENTS and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"memsave: {self.name or 'the model'} runs without its plan while gradients are enabled, in the memory "
+                "of the plain module; call it under torch.inference_mode() or torch.no_grad()",
+                stacklevel=3,
+            )
+        return self.original(*args, **kwargs)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        return types.MethodType(type(self.module).forward, self.module)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.original  # for inspect.signature
+
+    def _run(
+        self, plan: Plan, leaves: list[Any], tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        outputs = run(plan.program, leaves, tensors)
+        found = self._traces[self._trace_key(leaves)]
+        assert isinstance(found, Traced)
+        return pytree.tree_unflatten(outputs, found.out_spec)
+
+    def _why_plain(self, leaves: Sequence[Any], spec: Any) -> str | None:
+        if torch.is_grad_enabled() and (_requires_grad(leaves) or _requires_grad(self.module.parameters())):
+            return GRADIENTS
+        if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in leaves if isinstance(x, Tensor)}):
+            return "autocast is enabled"
+        if any(type(x) not in _PLAIN for x in leaves if isinstance(x, Tensor)):
+            return "an argument is a tensor of another class"
+        if self._signature is None:
+            self._signature = _signature(self.module, leaves, spec)
+        if _signature(self.module, leaves, spec) != self._signature:
+            return "it was called with other arguments than planned"
+        return self._why_modules()
+
+    def _why_modules(self) -> str | None:
+        """Whether the modules within are what they were, in evaluation, and watched by nobody."""
+        tree = tuple(_walk(self.module))
+        if tree != self._tree:
+            if self._tree is not None:  # modules were replaced: what was traced holds no more
+                self._forget()
+            self._tree = tree
+        for module in tree:
+            if module.training:
+                return "a module is in training mode"
+            if module is not self.module and (watcher := _watcher(module)):
+                return watcher
+        return None
+
+    def _forget(self) -> None:
+        self.plans.clear()
+        self._traces.clear()
+        self._readers.clear()
+
+    def _find(self, leaves: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan | str:
+        key = _shapes(leaves)
+        if key not in self.plans:
+            try:
+                self._make(leaves, args, kwargs)
+            except (CannotTrace, UnsupportedModelError) as error:
+                self.plans[key] = f"no plan for these shapes: {error}"
+                warnings.warn(f"memsave: {self.name or 'the model'}: {self.plans[key]}; it runs plainly", stacklevel=4)
+        return self.plans[key]
+
+    def _trace_key(self, leaves: Sequence[Any]) -> Any:
+        """What a trace holds for: all but the batch, where that may vary."""
+        varying = tuple(
+            (tuple(x.shape[1:]) if x.dim() >= 3 else tuple(x.shape), x.dtype, x.device)
+            for x in leaves
+            if isinstance(x, Tensor)
+        )
+        found = self._traces.get(varying)
+        if isinstance(found, Traced) and not found.batch_varies:
+            return _shapes(leaves)
+        return varying
+
+    def _make(self, leaves: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        key = self._trace_key(leaves)
+        if key not in self._traces:
+            with _own_forward(self.module):
+                self._traces[key] = traced = trace(self.module, args, kwargs)
+            if not traced.batch_varies:
+                self._traces[_shapes(leaves)] = traced
+        found = self._traces[key]
+        assert isinstance(found, Traced)
+        plan = make_plan(found, self.module, leaves, name=self.name, **self.settings)
+        plan.calls = self.calls
+        self.plans[_shapes(leaves)] = plan
+        return plan
+
+    def _tensors(self, plan: Plan) -> dict[str, Tensor] | None:
+        """The parameters and buffers that the plan reads, as they are now; None if they are of another kind."""
+        readers = self._readers.get(id(plan))
+        if readers is None:
+            readers = []
+            for name, kind in plan.program.kinds.items():
+                holder, key = read(self.module, name)
+                readers.append((name, holder, key, kind))
+            self._readers[id(plan)] = readers
+        found = {}
+        for name, holder, key, kind in readers:
+            tensor = holder[key]
+            if tensor.shape != kind.shape or tensor.dtype is not kind.dtype or tensor.device != kind.device:
+                return None
+            found[name] = tensor
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
+        copied = type(self)(copy.deepcopy(self.module, memo), self.name, self.settings)
+        for key, plan in self.plans.items():
+            copied.plans[key] = replace(plan, calls=copied.calls) if isinstance(plan, Plan) else plan
+        copied._traces = dict(self._traces)
+        copied._signature = self._signature
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "name": self.name, "settings": self.settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.calls, self.plans, self._traces, self._readers = Counter(), {}, {}, {}
+        self._signature, self._warned, self._tree = None, False, None
+
+
+@contextmanager
+def _own_forward(module: nn.Module) -> Iterator[None]:
+    """Within it, `module` has no stand-in: torch.export wants a forward with code."""
+    standing_in = module.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if standing_in is not None:
+            module.__dict__["forward"] = standing_in
+
+
+def _walk(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules, without the bookkeeping of `modules()`; a shared one comes as often as it is held."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _walk(child)
+
+
+def _watcher(module: nn.Module) -> str | None:
+    """Why the calls of a module within must really happen, or None."""
+    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Dispatcher):
+        return "the forward of a module within was replaced"
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for hook in hooks.values():
+            if getattr(hook, "__name__", "") != _COLLECTING:
+                return "hooks watch a module within"
+            if hook.__globals__["_active_collector"].get():
+                return "outputs of modules within are collected"
+    return None
+
+
+def _requires_grad(tensors: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _signature(module: nn.Module, leaves: Sequence[Any], spec: Any) -> Any:
+    """What a call must share with the planned one: its structure, and all that is no tensor."""
+    config = getattr(module, "config", None)
+    switches = tuple(getattr(config, name, None) for name in ("output_hidden_states", "output_attentions"))
+    return spec, [None if isinstance(x, Tensor) else x for x in leaves], switches
+
+
+def _shapes(leaves: Sequence[Any]) -> Any:
+    return tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in leaves if isinstance(x, Tensor))

@@ -1,0 +1,1 @@
+"""What each kind of op needs to be computed part by part."""
