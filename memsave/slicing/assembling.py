@@ -5,7 +5,7 @@ A stretch is a run of the graph's ops: computed whole, one after the other, or p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from .classify import Rules
 from .emitting import NOWHERE, SlotTable, emit_bands, emit_tiles
 from .folding import Prepared, fold_norms, preparing
 from .lowering import Lowered
+from .overlays import dying_test, overlay
 from .passes import Pass, passes_of
 from .program import Run, Step, allocating
 from .rules.statistics import ChannelMoments
@@ -141,15 +142,22 @@ class _Assembly:
     def _sliced(self, stretch: Stretch) -> None:
         passes = stretch_passes(stretch, self.lowered)
         whole = {n for run in passes for n in run.targets}
-        for run in passes:
+        for i, run in enumerate(passes):
             folded, folds, formed = fold_norms(run, whole, self.channels_last)
             for make, out, reads in preparing(folds, formed, self.slots.of_whole, self.channels_last):
                 self._add(make, out, reads)
-            self._run_pass(folded, stretch)
+            over: dict[fx.Node, fx.Node] = {}
+            if stretch.rows:
+                is_dying = dying_test(passes, i, self._storages, stretch.stop)
+                folded, over = overlay(folded, is_dying, stretch.rows, channels_last=self.channels_last)
+            self._run_pass(folded, stretch, over)
 
-    def _run_pass(self, run: Pass, stretch: Stretch) -> None:
+    def _run_pass(self, run: Pass, stretch: Stretch, over: Mapping[fx.Node, fx.Node]) -> None:
         slot = self.slots.of_whole
         for target in run.targets:
+            if target in over:
+                self._add(_taking_over(slot(over[target])), slot(target), [])
+                continue
             value = target.meta["val"]
             stride = value.stride() if _is_dense(value) else value.contiguous().stride()
             make = allocating(tuple(value.shape), tuple(stride), value.dtype, value.device)
@@ -192,6 +200,10 @@ class _Assembly:
                     last[slot] = i
         for slot, i in last.items():
             self.steps[i] = self.steps[i]._replace(frees=(*self.steps[i].frees, slot))
+
+
+def _taking_over(slot: int) -> Run:
+    return lambda env: env[slot]
 
 
 def _is_dense(value: Tensor) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+MOST_LABELS = 24
+
 if TYPE_CHECKING:
     from .plan import Plan
 
@@ -65,25 +67,25 @@ def plot(plan: Plan, path: Any) -> Path:
     unit, unit_bytes = ("MiB", 2**20) if plan.plain_peak_bytes >= 2**20 else ("KiB", 2**10)
     before = [layer.before_bytes / unit_bytes for layer in plan.layers]
     after = [layer.after_bytes / unit_bytes for layer in plan.layers]
-    places = range(len(plan.layers))
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    count = len(plan.layers)
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots()
-    axes.bar(places, before, width=1.0, color="#c6cbd6", label=f"whole: peak {format_bytes(plan.plain_peak_bytes)}")
-    axes.step(
-        [*places, len(plan.layers)],
-        [*after, after[-1] if after else 0],
-        where="post",
-        color="#D55E00",
-        linewidth=1.8,
-        label=f"{plan.schedule}: peak {format_bytes(plan.peak_bytes)}",
-    )
+    said = f"whole: peak {format_bytes(plan.plain_peak_bytes)}"
+    axes.bar(range(count), before, width=1.0, color="#c6cbd6", label=said)
+    edges = [place - 0.5 for place in range(count + 1)]
+    said = f"{plan.schedule}: peak {format_bytes(plan.peak_bytes)}"
+    axes.stairs(after, edges, baseline=None, color="#D55E00", linewidth=1.8, label=said)
     start = 0
     for stage in plan.stages:
         axes.axvline(start - 0.5, color="gray", linewidth=0.6, linestyle=":")
         start += stage.ops
-    axes.set_xlim(-0.5, max(len(plan.layers) - 0.5, 0.5))
-    axes.set_xlabel("ops, in the order in which they run; dotted lines part the stages")
+    ticks = range(0, count, max(1, -(-count // MOST_LABELS)))
+    axes.set_xticks(ticks, [plan.layers[i].name for i in ticks], rotation=40, ha="right", fontsize=7)
+    axes.set_xlim(-0.5, max(count - 0.5, 0.5))
+    axes.set_xlabel("ops in the order in which they run; dotted lines part the stages")
     axes.set_ylabel(f"live bytes while the op runs ({unit})")
+    shapes = ", ".join(" x ".join(map(str, shape)) for shape in plan.inputs)
+    axes.set_title(f"{plan.module or 'the model'}, called with {shapes}", fontsize=9)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

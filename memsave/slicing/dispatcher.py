@@ -6,6 +6,7 @@ It is kept as `forward` in the instance. The module tree, the classes and the pa
 from __future__ import annotations
 
 import copy
+import itertools
 import types
 import warnings
 from collections import Counter
@@ -15,16 +16,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._C._functorch import maybe_current_level
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedModelError
 from .errors import CannotTrace
 from .executor import run
+from .fingerprint import Fingerprint, same, walk
 from .plainly import runs_plainly
 from .plan import Plan, make_plan
-from .tracing import Traced, read, trace
+from .tracing import Traced, has_batch, read, trace
 
 PLANNED = "planned"
 GRADIENTS = "gradients are enabled"
@@ -47,9 +51,10 @@ class Dispatcher:
         self.module, self.name, self.settings = module, name, dict(settings)
         self.calls: Counter[str] = Counter()
         self.plans: dict[Any, Plan | str] = {}
-        self._traces: dict[Any, Traced | str] = {}
+        self._traces: dict[Any, Traced] = {}
+        self._out_specs: dict[Any, pytree.TreeSpec] = {}  # by the shapes of a call, as the plans
         self._signature: Any = None
-        self._tree: tuple[nn.Module, ...] | None = None  # the modules within that the traces hold for
+        self._seen: Fingerprint | None = None  # the module that the traces hold for
         self._readers: dict[int, list[tuple[str, dict[str, Any], str, Tensor]]] = {}
         self._warned = False
 
@@ -61,19 +66,19 @@ class Dispatcher:
         """
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         self._signature = _signature(self.module, leaves, spec)
-        self._tree = tuple(_walk(self.module))
+        self._seen = Fingerprint(self.module)
         return self._make(leaves, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if runs_plainly() or torch.compiler.is_compiling():
-            return self.original(*args, **kwargs)
+        if torch.compiler.is_compiling() or runs_plainly() or torch.jit.is_tracing():
+            return type(self.module).forward(self.module, *args, **kwargs)  # in words that Dynamo understands
         leaves, spec = pytree.tree_flatten((args, kwargs))
         reason = self._why_plain(leaves, spec)
         if reason is None:
             plan = self._find(leaves, args, kwargs)
             if isinstance(plan, Plan) and (tensors := self._tensors(plan)) is not None:
                 self.calls[PLANNED] += 1
-                return self._run(plan, leaves, tensors, args, kwargs)
+                return pytree.tree_unflatten(run(plan.program, leaves, tensors), self._out_specs[_shapes(leaves)])
             reason = plan if isinstance(plan, str) else "the parameters have other shapes, dtypes or devices by now"
         self.calls[reason] += 1
         if reason == GRADIENTS and not self._warned:
@@ -94,15 +99,15 @@ class Dispatcher:
     def __wrapped__(self) -> Callable[..., Any]:
         return self.original  # for inspect.signature
 
-    def _run(
-        self, plan: Plan, leaves: list[Any], tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
-    ) -> Any:
-        outputs = run(plan.program, leaves, tensors)
-        found = self._traces[self._trace_key(leaves)]
-        assert isinstance(found, Traced)
-        return pytree.tree_unflatten(outputs, found.out_spec)
+    @property
+    def __code__(self) -> Any:
+        return self.original.__code__  # for torch.export
 
     def _why_plain(self, leaves: Sequence[Any], spec: Any) -> str | None:
+        if any(isinstance(x, fx.Proxy) for x in leaves):
+            return "it was traced"
+        if maybe_current_level() is not None or forward_ad._current_level >= 0:
+            return "a transform of torch.func or forward-mode AD is active"
         if torch.is_grad_enabled() and (_requires_grad(leaves) or _requires_grad(self.module.parameters())):
             return GRADIENTS
         if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in leaves if isinstance(x, Tensor)}):
@@ -111,17 +116,16 @@ class Dispatcher:
             return "an argument is a tensor of another class"
         if self._signature is None:
             self._signature = _signature(self.module, leaves, spec)
-        if _signature(self.module, leaves, spec) != self._signature:
+        if not same(_signature(self.module, leaves, spec), self._signature):
             return "it was called with other arguments than planned"
         return self._why_modules()
 
     def _why_modules(self) -> str | None:
         """Whether the modules within are what they were, in evaluation, and watched by nobody."""
-        tree = tuple(_walk(self.module))
-        if tree != self._tree:
-            if self._tree is not None:  # modules were replaced: what was traced holds no more
-                self._forget()
-            self._tree = tree
+        tree = tuple(walk(self.module))
+        if self._seen is None or not self._seen.holds(tree):
+            self._forget()  # modules or their settings were changed: what was traced holds no more
+            self._seen = Fingerprint(self.module)
         for module in tree:
             if module.training:
                 return "a module is in training mode"
@@ -132,6 +136,7 @@ class Dispatcher:
     def _forget(self) -> None:
         self.plans.clear()
         self._traces.clear()
+        self._out_specs.clear()
         self._readers.clear()
 
     def _find(self, leaves: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan | str:
@@ -144,30 +149,18 @@ class Dispatcher:
                 warnings.warn(f"memsave: {self.name or 'the model'}: {self.plans[key]}; it runs plainly", stacklevel=4)
         return self.plans[key]
 
-    def _trace_key(self, leaves: Sequence[Any]) -> Any:
-        """What a trace holds for: all but the batch, where that may vary."""
-        varying = tuple(
-            (tuple(x.shape[1:]) if x.dim() >= 3 else tuple(x.shape), x.dtype, x.device)
-            for x in leaves
-            if isinstance(x, Tensor)
-        )
-        found = self._traces.get(varying)
-        if isinstance(found, Traced) and not found.batch_varies:
-            return _shapes(leaves)
-        return varying
-
     def _make(self, leaves: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
-        key = self._trace_key(leaves)
-        if key not in self._traces:
+        shapes, kinds = _shapes(leaves), _kinds(self.module)
+        for key in ((_shapes(leaves, any_batch=True), kinds), (shapes, kinds)):
+            if traced := self._traces.get(key):
+                break
+        else:
             with _own_forward(self.module):
-                self._traces[key] = traced = trace(self.module, args, kwargs)
-            if not traced.batch_varies:
-                self._traces[_shapes(leaves)] = traced
-        found = self._traces[key]
-        assert isinstance(found, Traced)
-        plan = make_plan(found, self.module, leaves, name=self.name, **self.settings)
+                traced = trace(self.module, args, kwargs)
+            self._traces[_shapes(leaves, any_batch=traced.batch_varies), kinds] = traced
+        plan = make_plan(traced, self.module, leaves, name=self.name, **self.settings)
         plan.calls = self.calls
-        self.plans[_shapes(leaves)] = plan
+        self.plans[shapes], self._out_specs[shapes] = plan, traced.out_spec
         return plan
 
     def _tensors(self, plan: Plan) -> dict[str, Tensor] | None:
@@ -181,8 +174,8 @@ class Dispatcher:
             self._readers[id(plan)] = readers
         found = {}
         for name, holder, key, kind in readers:
-            tensor = holder[key]
-            if tensor.shape != kind.shape or tensor.dtype is not kind.dtype or tensor.device != kind.device:
+            tensor = holder.get(key)
+            if tensor is None or tensor.shape != kind.shape or tensor.dtype is not kind.dtype or tensor.device != kind.device:
                 return None
             found[name] = tensor
         return found
@@ -191,8 +184,8 @@ class Dispatcher:
         copied = type(self)(copy.deepcopy(self.module, memo), self.name, self.settings)
         for key, plan in self.plans.items():
             copied.plans[key] = replace(plan, calls=copied.calls) if isinstance(plan, Plan) else plan
-        copied._traces = dict(self._traces)
-        copied._signature = self._signature
+        copied._traces, copied._out_specs = dict(self._traces), dict(self._out_specs)
+        copied._signature, copied._seen = self._signature, copy.deepcopy(self._seen, memo)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -200,8 +193,8 @@ class Dispatcher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.calls, self.plans, self._traces, self._readers = Counter(), {}, {}, {}
-        self._signature, self._warned, self._tree = None, False, None
+        self.calls, self.plans, self._traces, self._out_specs, self._readers = Counter(), {}, {}, {}, {}
+        self._signature, self._warned, self._seen = None, False, None
 
 
 @contextmanager
@@ -213,14 +206,6 @@ def _own_forward(module: nn.Module) -> Iterator[None]:
     finally:
         if standing_in is not None:
             module.__dict__["forward"] = standing_in
-
-
-def _walk(module: nn.Module) -> Iterator[nn.Module]:
-    """All modules, without the bookkeeping of `modules()`; a shared one comes as often as it is held."""
-    yield module
-    for child in module._modules.values():
-        if child is not None:
-            yield from _walk(child)
 
 
 def _watcher(module: nn.Module) -> str | None:
@@ -242,10 +227,20 @@ def _requires_grad(tensors: Any) -> bool:
 
 def _signature(module: nn.Module, leaves: Sequence[Any], spec: Any) -> Any:
     """What a call must share with the planned one: its structure, and all that is no tensor."""
-    config = getattr(module, "config", None)
-    switches = tuple(getattr(config, name, None) for name in ("output_hidden_states", "output_attentions"))
-    return spec, [None if isinstance(x, Tensor) else x for x in leaves], switches
+    config = getattr(getattr(module, "config", None), "__dict__", {})
+    return spec, [None if isinstance(x, Tensor) else x for x in leaves], dict(config)
 
 
-def _shapes(leaves: Sequence[Any]) -> Any:
-    return tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in leaves if isinstance(x, Tensor))
+def _shapes(leaves: Sequence[Any], *, any_batch: bool = False) -> Any:
+    """The kinds of the tensors of a call; `any_batch`: for all batches of two and more."""
+
+    def shape(x: Tensor) -> Any:
+        many = any_batch and has_batch(x) and x.shape[0] > 1
+        return ("many", *x.shape[1:]) if many else tuple(x.shape)
+
+    return tuple((shape(x), x.stride(), x.dtype, x.device) for x in leaves if isinstance(x, Tensor))
+
+
+def _kinds(module: nn.Module) -> Any:
+    """The shapes, dtypes and devices of the parameters and buffers, which a forward may look at."""
+    return tuple((x.shape, x.dtype, x.device) for x in itertools.chain(module.parameters(), module.buffers()))

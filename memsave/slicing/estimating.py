@@ -10,16 +10,18 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .assembling import Stretch, stretch_passes, wanted_of
+from .assembling import Stretch, stretch_passes
 from .bands import band_count, band_lows, band_stops
 from .classify import Rules
 from .folding import folded_bytes
 from .lowering import Lowered
+from .overlays import dying_test, overlay
 from .passes import NoPasses, Pass
 from .regions import Region
 from .rules.local import Local
 from .rules.pointwise import is_pointwise
 from .tiles import tile_regions
+from .whole import Storages
 
 STEPS_PER_RULE = 1.6  # in bands: a rule's own step, and for some what is carried over
 
@@ -47,6 +49,7 @@ class Estimator:
     def __init__(self, lowered: Lowered) -> None:
         self.lowered = lowered
         self.outputs = {o for o in lowered.outputs if isinstance(o, fx.Node)}
+        self._storages = Storages({node: i for i, node in enumerate(lowered.nodes)}, self.outputs)
         self._passes: dict[tuple[int, int, int], list[Pass] | None] = {}
         self._extra_macs: dict[tuple[int, int, int], int] = {}
         self._costs: dict[tuple[Any, ...], Cost | None] = {}
@@ -143,10 +146,14 @@ class Estimator:
     def _cost_of(self, start: int, stop: int, passes: Sequence[Pass], rows: int, counts: tuple[int, ...]) -> Cost:
         held = self.live_bytes[start]
         peak, macs, elements, calls = held, 0, 0, 0.0
-        for run in passes:
-            held += sum(t.nbytes for n in run.targets for t in _tensors(n.meta["val"]))
+        for i, run in enumerate(passes):
+            over: dict[fx.Node, fx.Node] = {}
+            prepared = folded_bytes(run)
+            if rows and run.local:
+                is_dying = dying_test(passes, i, self._storages, stop)
+                run, over = overlay(run, is_dying, rows, channels_last=False, sampled=True)
+            held += sum(t.nbytes for n in run.targets if n not in over for t in _tensors(n.meta["val"]))
             if run.local or run.reductions:
-                prepared = folded_bytes(run)
                 part = tile_cost(run, counts) if counts else band_cost(run, rows)
                 peak = max(peak, held + prepared + part.peak_bytes)
                 macs, elements, calls = macs + part.macs, elements + part.elements, calls + part.calls
@@ -155,11 +162,8 @@ class Estimator:
         return Cost(peak, macs, elements, calls)
 
     def boundary_bytes(self, start: int, stop: int) -> int:
-        """What a sliced stretch holds at least: all that is live before it, and its own results."""
-        nodes = self.lowered.nodes[start:stop]
-        return self.live_bytes[start] + sum(
-            t.nbytes for n in wanted_of(nodes, self.lowered) for t in _tensors(n.meta["val"])
-        )
+        """What a sliced stretch holds at least: all that is live before it, or behind it."""
+        return max(self.live_bytes[start], self.live_bytes[stop])
 
 
 def band_cost(run: Pass, rows: int) -> Cost:

@@ -194,6 +194,7 @@ def _layers(stretches: Sequence[Stretch], estimator: Estimator, lowered: Lowered
             cost = estimator.of(stretch)
             after = cost.peak_bytes if cost else None
         for i, node in enumerate(stretch.nodes(lowered), stretch.start):
-            before = estimator.whole(i, i + 1).peak_bytes
-            found.append(LayerBytes(op_name(node), before, before if after is None else after))
+            before = estimator.whole(i, i + 1, in_place=False).peak_bytes
+            now = estimator.whole(i, i + 1).peak_bytes if after is None else after
+            found.append(LayerBytes(op_name(node), before, now))
     return tuple(found)

@@ -68,31 +68,23 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     Raises:
         CannotTrace: torch.export cannot, for instance because the control flow depends on values.
     """
-    doubled, dynamic = _at_batch_two(args, kwargs)
-    try:
-        exported, varies = _export(module, *doubled, dynamic), True
-    except CannotTrace:
-        exported, varies = _export(module, args, dict(kwargs), None), False
-    return _as_traced(module, exported, varies)
+    args, kwargs = pytree.tree_map_only(Tensor, _twin, (args, dict(kwargs)))
+    batches = [x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if has_batch(x)]
+    if batches and min(batches) > 1:  # a trace for one holds for one only, and the other way round
+        dynamic = pytree.tree_map(lambda x: {0: torch.export.Dim.AUTO} if has_batch(x) else None, (args, kwargs))
+        try:
+            return _as_traced(module, _export(module, args, kwargs, dynamic))
+        except CannotTrace:
+            pass
+    return _as_traced(module, _export(module, args, kwargs, None))
 
 
-def _at_batch_two(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, dict[str, Any]], Any]:
-    """The arguments with a batch of at least two, since a trace at one would hold for one only; and what may vary."""
-
-    def double(x: Any) -> Any:
-        if not _has_batch(x):
-            return x
-        return torch.empty((max(2, x.shape[0]), *x.shape[1:]), dtype=x.dtype, device=x.device)
-
-    def varies(x: Any) -> Any:
-        return {0: torch.export.Dim.AUTO} if _has_batch(x) else None
-
-    both = (args, dict(kwargs))
-    dynamic_args, dynamic_kwargs = pytree.tree_map(varies, both)
-    return pytree.tree_map(double, both), (dynamic_args, dynamic_kwargs)
+def _twin(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
-def _has_batch(x: Any) -> bool:
+def has_batch(x: Any) -> bool:
+    """Whether the first dimension of an argument is taken for a batch."""
     return isinstance(x, Tensor) and x.dim() >= 3
 
 
@@ -114,7 +106,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         raise CannotTrace(f"torch.export cannot trace {type(module).__name__}: {reason}") from error
 
 
-def _as_traced(module: nn.Module, exported: Any, varies: bool) -> Traced:
+def _as_traced(module: nn.Module, exported: Any) -> Traced:
     from torch.export.graph_signature import InputKind
 
     if exported.graph_signature.buffers_to_mutate:
@@ -134,12 +126,17 @@ def _as_traced(module: nn.Module, exported: Any, varies: bool) -> Traced:
             inputs.append(node if isinstance(node.meta.get("val"), Tensor) else None)
         else:
             raise CannotTrace(f"{type(module).__name__} takes an input of the kind {spec.kind.name}")
-    batched = [node.meta["val"] for node in inputs if node is not None and _has_batch(node.meta["val"])]
-    varies = varies and bool(batched) and all(isinstance(x.shape[0], torch.SymInt) for x in batched)
     spec = exported.call_spec
-    traced = Traced(graph, tensors, constants, inputs, spec.in_spec, spec.out_spec, varies)
+    traced = Traced(graph, tensors, constants, inputs, spec.in_spec, spec.out_spec, _batch_varies(inputs))
     _simplify(traced)
     return traced
+
+
+def _batch_varies(inputs: Sequence[fx.Node | None]) -> bool:
+    """Whether the graph holds for all batches of two and more: the forward asked nothing about the size."""
+    sizes = [node.meta["val"].shape[0] for node in inputs if node is not None and has_batch(node.meta["val"])]
+    symbols = {str(size) for size in sizes if isinstance(size, torch.SymInt)}
+    return bool(sizes) and len(symbols) == len(sizes) and not any(size.node.shape_env.guards for size in sizes)
 
 
 def _simplify(traced: Traced) -> None:

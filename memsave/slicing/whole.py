@@ -65,6 +65,13 @@ class Storages:
                 return False
         return True
 
+    def dies_before(self, value: fx.Node, place: int) -> bool:
+        """Whether `value` has a storage to itself that nothing reads from the op number `place` on."""
+        sharers = self._sharers.get(_storage(value.meta["val"]), [])
+        if sharers != [value] or value.op == "placeholder" or value in self._outputs:
+            return False
+        return all(self._order.get(user, place) < place for user in value.users)
+
 
 def overwritten(node: fx.Node, storages: Storages) -> fx.Node | None:
     """The input of an elementwise op that its result may overwrite, or None."""

@@ -104,7 +104,7 @@ Moments = tuple[int, Tensor, Tensor]  # count, mean, and sum of squared differen
 
 
 def moments_of(x: Tensor, over: Sequence[int]) -> Moments:
-    """Over the dimensions `over`, which the mean and the squares lose; torch.var_mean takes ten times as long on CPU."""
+    """Over the dimensions `over`, which the results lose. (torch.var_mean takes ten times as long on CPU.)"""
     over = tuple(over)
     count = math.prod(x.shape[d] for d in over)
     mean = x.sum(over, dtype=accumulation_dtype(x.dtype)).div_(count)
