@@ -74,6 +74,9 @@ def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:
             plots.append(Plot(images / f"{folder.name}-pareto.png", steps, draw_pareto))
         if ops:
             plots.append(Plot(images / f"{folder.name}-ops.png", ops, draw_ops))
+        convolutions = [data for data in found if data["case"]["kind"] == "convolution"]
+        if convolutions:
+            plots.append(Plot(images / f"{folder.name}-patch_conv.png", convolutions, draw_convolutions))
         trained = [data for data in found if data["case"]["kind"] == "quality"]
         plots += [Plot(images / f"{folder.name}-{data['case']['name']}.png", [data], draw_quality) for data in trained]
         smaller = [data for data in found if data["case"]["kind"] == "compression"]
@@ -106,6 +109,31 @@ def draw_steps(shown: Sequence[dict[str, Any]]) -> Figure:
         axes.set_title(f"{data['case']['title']}\n{device_in_words(data)}", fontsize=9)
     panels[-1].set_xlabel("relative to the plain model; less is better")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    return figure
+
+
+def draw_convolutions(shown: Sequence[dict[str, Any]]) -> Figure:
+    """A panel for each network: peak memory and time of every other way to run it, relative to the first."""
+    from matplotlib.figure import Figure
+
+    pairs = [shown[i : i + 2] for i in range(0, len(shown), 2)]
+    rows = [max(len(data["results"]) for data in pair) for pair in pairs]
+    figure = Figure(figsize=(12, 0.7 * len(pairs) + 1.5 * INCHES_PER_BAR * sum(rows)), layout="constrained")
+    grid = figure.subplots(len(pairs), 2, height_ratios=rows, squeeze=False)
+    for axes, data in zip(grid.flat, shown, strict=False):
+        first, *others = data["results"]
+        bars = {
+            "peak memory": (MEMORY, [r["peak_bytes"] / first["peak_bytes"] for r in others]),
+            "time": (TIME, [r["median_s"] / first["median_s"] for r in others]),
+        }
+        _draw_bars(axes, [r["way"] for r in others], bars)
+        axes.axvline(1, color="gray", linewidth=0.8, linestyle=":", zorder=0)
+        title, _, image = data["case"]["title"].partition(" without gradients, ")
+        axes.set_title(f"{title}\n{image}", fontsize=9)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    figure.suptitle(f"relative to the whole model; less is better\n{device_in_words(shown[0])}", fontsize=9)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
     return figure
 
 

@@ -49,7 +49,7 @@ def result(
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     names = [line for line in _cpu_info() if line.startswith("model name")]
-    packages = ("torch", "triton", "transformers", "peft", "liger_kernel")
+    packages = ("torch", "triton", "transformers", "diffusers", "peft", "liger_kernel")
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,

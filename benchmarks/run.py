@@ -23,6 +23,7 @@ from benchmarks import result_files, tables
 from benchmarks.cases import CASES, Case
 from benchmarks.cases.adapters import AdapterCase
 from benchmarks.cases.compression import CompressionCase
+from benchmarks.cases.convolution import ConvolutionCase
 from benchmarks.cases.estimates import EstimateCase
 from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.losses import LossCase
@@ -36,6 +37,7 @@ from benchmarks.checks import CheckFailed
 from benchmarks.result_files import ResultError
 from benchmarks.runners.adapters import run_adapter_case
 from benchmarks.runners.compression import run_compression_case
+from benchmarks.runners.convolution import run_convolution_case
 from benchmarks.runners.estimates import run_estimate_case
 from benchmarks.runners.forward import run_forward_case
 from benchmarks.runners.grad_norms import run_grad_norms_case
@@ -60,6 +62,7 @@ RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, st
     CompressionCase: run_compression_case,
     StreamingCase: run_streaming_case,
     DecodingCase: run_decoding_case,
+    ConvolutionCase: run_convolution_case,
     GradNormsCase: run_grad_norms_case,
 }
 # Those that go on where they were: given a case and its results so far, they give each further one as it is there.

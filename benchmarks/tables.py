@@ -268,6 +268,18 @@ def decoding_rows(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def convolution_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each way to run the model, beside the first."""
+    first = data["results"][0]
+    rows = [["", "allocated at the peak", "multiply-accumulates", "time", "largest difference"]]
+    for r in data["results"]:
+        macs = f"{r['macs'] / 1e9:.2f}G ({r['macs'] / first['macs']:.3f}x)"
+        time = f"{r['median_s'] * 1e3:.0f} ms ({r['median_s'] / first['median_s']:.2f}x)"
+        difference = "-" if r is first else f"{r['difference']:.1g}"
+        rows.append([r["way"], mebibytes(r, first, "peak_bytes"), macs, time, difference])
+    return rows
+
+
 def forward_rows(data: dict[str, Any]) -> list[list[str]]:
     """A row for each variant, beside the first."""
     first = data["results"][0]
@@ -310,6 +322,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "forward": forward_rows,
     "streaming": streaming_rows,
     "decoding": decoding_rows,
+    "convolution": convolution_rows,
     "adapters": adapter_rows,
     "op": op_rows,
     "loss": op_rows,

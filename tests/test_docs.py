@@ -57,10 +57,28 @@ def for_inference() -> dict[str, Any]:
 
 
 def test_the_readmes_code_for_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"```py\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    compress, in_bands = re.findall(r"```py\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), for_inference())
+    exec(compile(compress, "README.md", "exec"), for_inference())
     assert (tmp_path / "compressed" / "memsave.json").is_file()
+    given = for_images()
+    exec(compile(in_bands, "README.md", "exec"), given)
+    assert "bands of" in str(given["report"]) and given["logits"].shape == (2, 10)
+
+
+def for_images() -> dict[str, Any]:
+    """What the code for convolutional networks takes for granted."""
+    cnn = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2, 1), torch.nn.ReLU()),
+        *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10)),
+    ).eval()
+    return {"cnn": cnn, "model": cnn, "images": torch.randn(2, 3, 224, 224), "memsave": memsave, "torch": torch}
+
+
+def test_patch_conv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = run_page("patch_conv.md", tmp_path, monkeypatch, **for_images())
+    assert (tmp_path / "layers.png").stat().st_size > 0
+    assert given["plan"].calls == {"planned": 1} and "forward" not in given["model"].__dict__
 
 
 def test_flash_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

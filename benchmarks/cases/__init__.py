@@ -1,4 +1,4 @@
-"""What is measured, as data: methods, adapters, losses, ops, kept bytes, variances, compression and `estimate`.
+"""What is measured, as data: methods, adapters, losses, ops, kept bytes, variances, inference and `estimate`.
 
 The cases of the Triton kernels' tiles are in tiles.py, those that train for long in quality.py.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from .adapters import ADAPTER_CASES, SWITCH_CASE
 from .case import Case
 from .compression import COMPRESSION_CASES
+from .convolution import CONVOLUTION_CASES
 from .estimates import ESTIMATE_CASES
 from .kept import KEPT_CASES
 from .losses import LOSS_CASES
@@ -29,6 +30,7 @@ CASES: tuple[Case, ...] = (
     *STREAMING_CASES,
     *DECODING_CASES,
     *COMPRESSION_CASES,
+    *CONVOLUTION_CASES,
 )
 
 __all__ = ["CASES", "Case"]

@@ -82,10 +82,6 @@ class PatchConvConfig(MethodConfig):
         return self.input_size is None
 
     def why_not(self, module: nn.Module) -> str | None:
-        training = next((name for name, m in module.named_modules() if m.training), None)
-        if training is not None:
-            where = f"{training} is" if training else "it is"
-            return f"{where} in training mode, and plans are for inference; call model.eval() first"
         replaced = [n for n, m in module.named_modules() if "forward" in m.__dict__ and not _is_planned(m)]
         if replaced:
             return f"the forward of {replaced[0] or 'the model'} was replaced on the instance; undo that first"
@@ -94,6 +90,12 @@ class PatchConvConfig(MethodConfig):
     def survey(
         self, model: nn.Module, targets: Sequence[tuple[str, nn.Module]], calibration: Iterable[Any] | None
     ) -> Survey:
+        training = next((name for name, m in model.named_modules() if m.training), None)
+        if training is not None:
+            where = f"{training} is" if training else "it is"
+            raise UnsupportedModelError(
+                f"{self}: {where} in training mode, and plans are for inference; call model.eval() first. {_UNCHANGED}"
+            )
         settings = {
             "schedule": self.schedule,
             "budget_bytes": self.budget_bytes,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
@@ -103,6 +104,12 @@ class _Assembly:
         self._order = {node: i for i, node in enumerate(lowered.nodes)}
         self._storages = Storages(self._order, self.outputs)
 
+    @cached_property
+    def _given_slot(self) -> int:
+        """A slot that holds a tensor throughout the call."""
+        given = [*self.lowered.inputs.values(), *self.lowered.tensors, *self.lowered.constants]
+        return self.slots.of_whole(given[0])
+
     def build(self, stretches: Sequence[Stretch]) -> Program:
         for stretch in stretches:
             if stretch.rules is None:
@@ -160,7 +167,7 @@ class _Assembly:
                 continue
             value = target.meta["val"]
             stride = value.stride() if _is_dense(value) else value.contiguous().stride()
-            make = allocating(tuple(value.shape), tuple(stride), value.dtype, value.device)
+            make = allocating(tuple(value.shape), tuple(stride), value.dtype, self._given_slot)
             self._add(make, slot(target), [])
         if stretch.tiles:
             emitter = emit_tiles(run, plan_tiles(run, stretch.tiles), self.slots)

@@ -10,7 +10,8 @@ from .assembling import Stretch
 from .lowering import Lowered
 from .planner import Planner, Wish, node_after
 
-TRIES = 8
+TRIES = 6
+LAST = 2
 
 
 def choose_stretches(
@@ -41,7 +42,7 @@ def choose_stretches(
             raise UnsupportedModelError(f"it cannot be computed part by part as wished: {at}{reason}")
         return found, planner
     if wish.budget_bytes is None:
-        return planner.least(cheap=True) or whole, planner
+        return _smallest(planner.least(cheap=True), whole, exact_bytes), planner
     return _within_budget(planner, wish.budget_bytes, whole, exact_bytes), planner
 
 
@@ -60,7 +61,7 @@ def _within_budget(
         if excess <= 0:
             return path[2]
         allowed -= max(excess, allowed // 64)
-    smallest = planner.least(cheap=False) or whole
+    smallest = _smallest(planner.least(cheap=False), whole, exact_bytes)
     least_bytes = exact_bytes(smallest) if exact_bytes else 0
     if least_bytes > budget_bytes:
         raise UnsupportedModelError(
@@ -68,3 +69,12 @@ def _within_budget(
             f"got {budget_bytes:,}"
         )
     return smallest
+
+
+def _smallest(
+    found: Sequence[list[Stretch]], whole: list[Stretch], exact_bytes: Callable[[Sequence[Stretch]], int] | None
+) -> list[Stretch]:
+    """The choice with the fewest exact bytes among the last few, which are smallest by estimate, and the whole."""
+    if not exact_bytes:
+        return found[-1] if found else whole
+    return min([*found[: -1 - LAST : -1], whole], key=exact_bytes)

@@ -26,14 +26,13 @@ from ..errors import UnsupportedModelError
 from .errors import CannotTrace
 from .executor import run
 from .fingerprint import Fingerprint, same, walk
-from .plainly import runs_plainly
+from .plainly import is_collecting, runs_plainly, untouched
 from .plan import Plan, make_plan
 from .tracing import Traced, has_batch, read, trace
 
 PLANNED = "planned"
 GRADIENTS = "gradients are enabled"
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
-_COLLECTING = "output_capturing_hook"  # transformers' hooks, which do nothing until somebody asks for their outputs
 
 
 class Dispatcher:
@@ -145,6 +144,8 @@ class Dispatcher:
             try:
                 self._make(leaves, args, kwargs)
             except (CannotTrace, UnsupportedModelError) as error:
+                if not all(isinstance(p, nn.Parameter) for p in self.module.parameters()):
+                    return "torch.func.functional_call stands in for its parameters, for shapes without a plan"
                 self.plans[key] = f"no plan for these shapes: {error}"
                 warnings.warn(f"memsave: {self.name or 'the model'}: {self.plans[key]}; it runs plainly", stacklevel=4)
         return self.plans[key]
@@ -158,7 +159,8 @@ class Dispatcher:
             with _own_forward(self.module):
                 traced = trace(self.module, args, kwargs)
             self._traces[_shapes(leaves, any_batch=traced.batch_varies), kinds] = traced
-        plan = make_plan(traced, self.module, leaves, name=self.name, **self.settings)
+        with _own_forward(self.module):
+            plan = make_plan(traced, self.module, leaves, name=self.name, **self.settings)
         plan.calls = self.calls
         self.plans[shapes], self._out_specs[shapes] = plan, traced.out_spec
         return plan
@@ -175,7 +177,7 @@ class Dispatcher:
         found = {}
         for name, holder, key, kind in readers:
             tensor = holder.get(key)
-            if tensor is None or tensor.shape != kind.shape or tensor.dtype is not kind.dtype or tensor.device != kind.device:
+            if tensor is None or (tensor.shape, tensor.dtype, tensor.device) != (kind.shape, kind.dtype, kind.device):
                 return None
             found[name] = tensor
         return found
@@ -199,10 +201,11 @@ class Dispatcher:
 
 @contextmanager
 def _own_forward(module: nn.Module) -> Iterator[None]:
-    """Within it, `module` has no stand-in: torch.export wants a forward with code."""
+    """Within it, `module` has no stand-in, and no hooks, which are called around the plan."""
     standing_in = module.__dict__.pop("forward", None)
     try:
-        yield
+        with untouched(module):
+            yield
     finally:
         if standing_in is not None:
             module.__dict__["forward"] = standing_in
@@ -214,7 +217,7 @@ def _watcher(module: nn.Module) -> str | None:
         return "the forward of a module within was replaced"
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for hook in hooks.values():
-            if getattr(hook, "__name__", "") != _COLLECTING:
+            if not is_collecting(hook):
                 return "hooks watch a module within"
             if hook.__globals__["_active_collector"].get():
                 return "outputs of modules within are collected"

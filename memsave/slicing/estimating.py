@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from .assembling import Stretch, stretch_passes
-from .bands import band_count, band_lows, band_stops
+from .bands import Rows, band_count, band_lows, band_stops, filling_count, filling_stops
 from .classify import Rules
 from .folding import folded_bytes
 from .lowering import Lowered
@@ -23,6 +23,8 @@ from .rules.pointwise import is_pointwise
 from .tiles import tile_regions
 from .whole import Storages
 
+FEW = 3  # bands, of which none may be in the middle
+WEIGHT_SHARE = 0.25  # reading an element of a weight again, beside making one
 STEPS_PER_RULE = 1.6  # in bands: a rule's own step, and for some what is carried over
 
 
@@ -167,24 +169,48 @@ class Estimator:
 
 
 def band_cost(run: Pass, rows: int) -> Cost:
-    """Of a pass in bands, beside what is whole: judged by its first and a middle band."""
-    if not run.local:
-        return Cost(0, 0, 0, band_count(run, rows) * len(run.reductions))
+    """Of a pass in bands, beside what is whole: judged by a middle band, or by all if they are few."""
     count = band_count(run, rows)
-    targets = set(run.targets)
+    if not run.local:
+        return Cost(0, 0, 0, count * len(run.reductions))
+    first = band_stops(run, rows, 0)
+    second = band_stops(run, rows, 1) if count > 1 else first
+    fill = filling_count(run, first, second) if count > 1 else 1
+    places: list[list[Rows]]
+    if count > FEW:
+        places = [[band_stops(run, rows, count // 2 + i) for i in (-1, 0, 1)]]
+    else:
+        full = [band_stops(run, rows, band) for band in range(count)]
+        places = [full[i - 1 : i + 2] for i in range(1, count)]
+    if fill > 1:  # the last band before the first full one
+        places.append([filling_stops(run, first, step, fill) for step in (fill - 2, fill - 1)] + [first])
+    elif count <= FEW:
+        places.append([{}, first, second])
     peak = 0
-    for band in sorted({0, count // 2}):
-        before = band_stops(run, rows, band - 1) if band else {}
-        stops = band_stops(run, rows, band)
-        after = band_stops(run, rows, band + 1) if band + 1 < count else stops
-        now, later = _lowest(run, before, stops), _lowest(run, stops, after)
-        peak = max(peak, _band_peak(run, before, stops, now, later, targets))
-    macs, elements, last = 0, 0, band_stops(run, rows, count - 1)
-    for rule in run.local:
-        out: Region = ((0, last[rule.node]),)
-        elements += prod(rule.part_shape(out))
-        macs += rule.macs(out, [rule.needs(i, out) for i in range(len(rule.sources))]) if out[0][1] else 0
+    for before, stops, *rest in places:
+        now, later = _lowest(run, before, stops), _lowest(run, stops, rest[0] if rest else stops)
+        peak = max(peak, _band_peak(run, before, stops, now, later, set(run.targets)))
+    macs, elements = _work(run)
+    count += fill - 1
+    elements += int(count * _weight_elements(run) * WEIGHT_SHARE)
     return Cost(peak, macs, elements, count * (len(run.local) * STEPS_PER_RULE + len(run.reductions)))
+
+
+def _weight_elements(run: Pass) -> int:
+    """What each band reads of weights, beside its maps."""
+    sizes = (n.meta["val"].numel() for rule in run.local for n in rule.others if n.meta.get("is_fixed"))
+    return sum(sizes)
+
+
+def _work(run: Pass) -> tuple[int, int]:
+    """Multiply-accumulates and elements of a pass in bands, however many."""
+    macs, elements, stops = 0, 0, band_stops(run, run.most_rows, 0)
+    for rule in run.local:
+        out: Region = ((0, stops[rule.node]),)
+        if stops[rule.node]:
+            elements += prod(rule.part_shape(out))
+            macs += rule.macs(out, [rule.needs(i, out) for i in range(len(rule.sources))])
+    return macs, elements
 
 
 def _lowest(run: Pass, before: dict[fx.Node, int], stops: dict[fx.Node, int]) -> dict[fx.Node, int]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+SET_BY_LIBRARIES = ("_output_capturing_hooks_installed",)  # by transformers, in the first call
 # What every module keeps for itself, and what a call must look at anew.
-_INTERNAL = frozenset(nn.Module().__dict__) | {"forward"}
+_INTERNAL = frozenset((*nn.Module().__dict__, "forward", *SET_BY_LIBRARIES))
 
 
 class Fingerprint:
@@ -62,7 +63,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _values(tree: tuple[nn.Module, ...]) -> list[tuple[Any, ...]]:
-    return [tuple(m.__dict__.values()) for m in tree]
+    return [(type(m), *m.__dict__.values()) for m in tree]
 
 
 def _state(module: nn.Module) -> list[Any]:

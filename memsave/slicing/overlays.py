@@ -7,14 +7,14 @@ first, as if the old map were computed in the pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .bands import Rows, band_count, band_lows, band_stops
+from .bands import Rows, band_count, band_lows, band_stops, plan_bands
 from .passes import Pass
 from .regions import Interval, Region
 from .rules.local import Compute, Local
@@ -63,19 +63,37 @@ def overlay(
         is_dying: whether a whole value has a storage of its own that nothing reads after the pass.
         sampled: whether to look at a few bands only, for an estimate.
     """
-    count = band_count(run, rows)
-    chosen: dict[fx.Node, fx.Node] = {}
-    loads: dict[fx.Node, Load] = {}
-    bands = sorted({0, count // 2, max(0, count - 2)}) if sampled else range(count)
+    changed, chosen = run, dict[fx.Node, fx.Node]()
+    loaded: dict[fx.Node, fx.Node] = {}
     for target, source, dims in _candidates(run, is_dying):
         if target in chosen or source in chosen.values():
             continue
-        if not _may_overwrite(run, target, source, rows, bands):
-            if count < 2:
+        if not _may_overwrite(changed, target, source, _stops(changed, rows, sampled)):
+            load = Load(source, dims, channels_last)
+            tried = _with_load(changed, source, load)
+            if not _is_loaded_in_time(target, load.node, _stops(tried, rows, sampled)):
                 continue
-            loads[source] = Load(source, dims, channels_last)
+            changed, loaded[source] = tried, load.node
         chosen[target] = source
-    return (_with_loads(run, loads) if loads else run), chosen
+    stops = _stops(changed, rows, sampled)  # what was right before a load was added may not be so behind it
+    for target, source in chosen.items():
+        kept = source in loaded and _is_loaded_in_time(target, loaded[source], stops)
+        if not kept and not _may_overwrite(changed, target, source, stops):
+            return run, {}
+    return changed, chosen
+
+
+def _stops(run: Pass, rows: int, sampled: bool) -> list[Rows]:
+    """The stops of all bands, or of three in the middle."""
+    count = band_count(run, rows)
+    if sampled and count > 3:
+        return [band_stops(run, rows, count // 2 + i) for i in (-1, 0, 1)]
+    return plan_bands(run, rows).stops
+
+
+def _is_loaded_in_time(target: fx.Node, loaded: fx.Node, stops: Sequence[Rows]) -> bool:
+    """Whether every row is copied before the target's is written there."""
+    return all(rows[loaded] >= rows[target] for rows in stops)
 
 
 def dying_test(passes: Sequence[Pass], index: int, storages: Storages, stop: int) -> Callable[[fx.Node], bool]:
@@ -109,27 +127,20 @@ def _kind(node: fx.Node) -> Any:
     return tuple(value.shape), tuple(value.stride()), value.dtype
 
 
-def _may_overwrite(run: Pass, target: fx.Node, source: fx.Node, rows: int, bands: Iterable[int]) -> bool:
+def _may_overwrite(run: Pass, target: fx.Node, source: fx.Node, stops: Sequence[Rows]) -> bool:
     """Whether each band can write the target's rows where the source's were: nothing reads those any more."""
     order = {rule.node: i for i, rule in enumerate(run.local)}
-    rules = {rule.node: rule for rule in run.local}
-    readers = [rule for rule in run.local if source in rule.sources]
-    if any(order[rule.node] > order[target] for rule in readers):
+    writer = run.local[order[target]]
+    if any(order[rule.node] > order[target] for rule in run.local if source in rule.sources):
         return False
-    writer = rules[target]
     if source in writer.sources and writer.takes_out and not writer.in_place:
         return False
-    count = band_count(run, rows)
-    for band in bands:
-        stops = band_stops(run, rows, band)
-        if band + 1 < count:
-            later: Mapping[fx.Node, int] = _lows(run, stops, band_stops(run, rows, band + 1))
-            if later.get(source, stops[target]) < stops[target]:
-                return False
-        before: Rows = band_stops(run, rows, band - 1) if band else {}
-        if source in writer.sources and _lows(run, before, stops).get(source, before.get(target, 0)) < before.get(
-            target, 0
-        ):
+    lowest: int | None = None  # of the source's rows that the bands from here on read
+    for now, later in reversed(list(zip(stops, stops[1:], strict=False))):
+        low = _lows(run, now, later).get(source)
+        if low is not None:
+            lowest = low if lowest is None else min(low, lowest)
+        if lowest is not None and lowest < now[target]:
             return False
     return True
 
@@ -141,12 +152,12 @@ def _lows(run: Pass, before: Rows, stops: Rows) -> dict[fx.Node, int]:
     return found
 
 
-def _with_loads(run: Pass, loads: Mapping[fx.Node, Load]) -> Pass:
-    """The pass with copies of some sources first, read in their stead."""
-    local: list[Local] = []
+def _with_load(run: Pass, source: fx.Node, load: Load) -> Pass:
+    """The pass with a copy of a source first, read in its stead."""
+    local: list[Local] = [load]
     for rule in run.local:
-        if any(source in loads for source in rule.sources):
+        if source in rule.sources:
             rule = copy.copy(rule)
-            rule.sources = tuple(loads[s].node if s in loads else s for s in rule.sources)
+            rule.sources = tuple(load.node if s is source else s for s in rule.sources)
         local.append(rule)
-    return replace(run, local=[*loads.values(), *local])
+    return replace(run, local=local)

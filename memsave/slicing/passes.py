@@ -36,6 +36,12 @@ class Pass:
         return ends + [(r.source, r.source_size[0]) for r in self.reductions]
 
     @cached_property
+    def entries(self) -> list[fx.Node]:
+        """What reads nothing but whole maps."""
+        inner = {rule.node for rule in self.local}
+        return [rule.node for rule in self.local if not inner & set(rule.sources)]
+
+    @cached_property
     def most_rows(self) -> int:
         """The rows of the largest of the ends; 0 without any."""
         return max((size for _, size in self.ends), default=0)

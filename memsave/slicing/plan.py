@@ -133,13 +133,14 @@ def make_plan(
     made: dict[tuple[Stretch, ...], tuple[Program, int]] = {}
 
     def exact_bytes(stretches: Sequence[Stretch]) -> int:
-        program = assemble(lowered, stretches, channels_last=formatted)
-        made[tuple(stretches)] = program, peak_bytes(program, lowered)
-        return made[tuple(stretches)][1]
+        key = tuple(stretches)
+        if key not in made:
+            program = assemble(lowered, stretches, channels_last=formatted)
+            made[key] = program, peak_bytes(program, lowered)
+        return made[key][1]
 
     stretches, planner = choose_stretches(lowered, {"schedule": schedule, **wished}, exact_bytes)
-    if tuple(stretches) not in made:
-        exact_bytes(stretches)
+    exact_bytes(stretches)
     program, peak = made[tuple(stretches)]
     plain_peak = plain_peak_bytes(module, traced, lowered, leaves)
     return Plan(

@@ -18,7 +18,8 @@ from .estimating import Cost, Estimator
 from .lowering import Lowered
 from .tracing import is_within, module_of, op_name
 
-MOST_CUTS = 40
+MOST_CUTS = 32
+TOLERANCE = 0.02  # of the plain peak: how near to the fewest bytes the planner goes
 SMALL = 12  # ops whose maps are this many times smaller than the largest are not worth a cut
 MOST_EXTRA_MACS = 0.05
 MOST_EXTRA_COST = 0.25
@@ -60,6 +61,7 @@ class Planner:
         self.call_macs = CALL_MACS.get(device, CALL_MACS["cuda"])
         self.element_macs = ELEMENT_MACS.get(device, ELEMENT_MACS["cuda"])
         self.cuts = self._cuts()
+        self._whole = [self.estimator.whole(a, b) for a, b in zip(self.cuts, self.cuts[1:], strict=False)]
         self.plain = self.estimator.whole(0, len(lowered.nodes))
         self.base = self.cost(self.plain)
 
@@ -112,15 +114,19 @@ class Planner:
         start, stop = self.cuts[a], self.cuts[b]
         best: Way | None = None
         if b == a + 1:
-            whole = self.estimator.whole(start, stop)
+            whole = self._whole[a]
             if whole.peak_bytes <= most_bytes:
                 best = (self.cost(whole), whole, Stretch(start, stop))
-        if self.estimator.boundary_bytes(start, stop) > most_bytes:
+        if self.estimator.boundary_bytes(start, stop) > most_bytes or self._fits_whole(a, b, most_bytes):
             return best
         for cost, stretch in self._sliced_ways(start, stop, most_bytes, most_extra_macs):
             if best is None or self.cost(cost) < best[0]:
                 best = (self.cost(cost), cost, stretch)
         return best
+
+    def _fits_whole(self, a: int, b: int, most_bytes: float) -> bool:
+        """Whether nothing between two cuts needs parts."""
+        return all(cost.peak_bytes <= most_bytes for cost in self._whole[a:b])
 
     def _sliced_ways(
         self, start: int, stop: int, most_bytes: float, most_extra_macs: float = inf
@@ -188,16 +194,17 @@ class Planner:
             b = a
         return best[-1][0], Cost(peak, macs, elements, calls), _merged(stretches[::-1])
 
-    def least(self, *, cheap: bool) -> list[Stretch] | None:
-        """The stretches with the fewest bytes, of those that are `cheap` if so wished; None if none are sliced."""
+    def least(self, *, cheap: bool) -> list[list[Stretch]]:
+        """Ever smaller choices by estimate, of those that are `cheap` if so wished: the smallest last, or none."""
         most_extra_macs = MOST_EXTRA_MACS * self.plain.macs if cheap else inf
-        low, high, found = 0.0, float(self.plain.peak_bytes), None
-        floor = max(1.0, high / 4096)
-        while high - low > max(floor, 0.02 * high):
+        low, high = 0.0, float(self.plain.peak_bytes)
+        found: list[list[Stretch]] = []
+        while high - low > TOLERANCE * self.plain.peak_bytes:
             middle = (low + high) / 2
             path = self.path(middle, most_extra_macs)
             if path is not None and (not cheap or self._is_cheap(path[0], path[1])):
-                found, high = path[2], float(min(middle, path[1].peak_bytes))
+                found.append(path[2])
+                high = float(min(middle, path[1].peak_bytes))
             else:
                 low = middle
         return found

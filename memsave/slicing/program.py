@@ -139,5 +139,6 @@ def keeping(slot: int, dim: int, start: int, rows: int) -> Run:
     return lambda env: env[slot].narrow(dim, start, rows).clone()
 
 
-def allocating(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Run:
-    return lambda env: torch.empty_strided(shape, stride, dtype=dtype, device=device)
+def allocating(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, like: int) -> Run:
+    """A tensor without values, on the device of the tensor in slot `like`."""
+    return lambda env: torch.empty_strided(shape, stride, dtype=dtype, device=env[like].device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,23 +12,35 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .assembling import Program
+from .classify import is_known
 from .executor import run
 from .lowering import Lowered
 from .plainly import running_plainly
 from .program import Slots, Step
-from .tracing import Traced
+from .tracing import Traced, once_each
 
 
 def peak_bytes(program: Program, lowered: Lowered) -> int:
     """The most bytes that one call has allocated at one moment, beside its inputs, parameters and buffers."""
-    program = _shortened(program)
     from ..memory import measure
 
-    leaves: dict[int, Any] = {i: node.meta["val"] for i, node in lowered.inputs.items()}
-    tensors: dict[str, Tensor] = {name: node.meta["val"] for node, name in lowered.tensors.items()}
-    with lowered.mode, torch.no_grad():
+    program, mode, twin = _shortened(program), lowered.mode, _itself
+    if all(is_known(node) for node in lowered.nodes):  # the others may depend on the device
+        program = replace(program, constants={slot: _on_meta(t) for slot, t in program.constants.items()})
+        mode, twin = nullcontext(), _on_meta  # type: ignore[assignment]  # half the time of fake tensors
+    leaves: dict[int, Any] = {i: twin(node.meta["val"]) for i, node in lowered.inputs.items()}
+    tensors: dict[str, Tensor] = {name: twin(node.meta["val"]) for node, name in lowered.tensors.items()}
+    with mode, torch.no_grad():
         profile = measure(lambda: run(program, _by_place(leaves), tensors))
     return profile.by_category["temporary"]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def plain_peak_bytes(module: nn.Module, traced: Traced, lowered: Lowered, leaves: Sequence[Any]) -> int:
@@ -35,7 +48,7 @@ def plain_peak_bytes(module: nn.Module, traced: Traced, lowered: Lowered, leaves
     from ..memory import measure
 
     fakes = {name: node.meta["val"] for node, name in lowered.tensors.items()}
-    given = {**fakes, **_rest(module, fakes, lowered)}
+    given = once_each(module, {**fakes, **_rest(module, fakes, lowered)})
     called = [lowered.inputs[i].meta["val"] if i in lowered.inputs else leaf for i, leaf in enumerate(leaves)]
     args, kwargs = pytree.tree_unflatten(called, traced.in_spec)
     with lowered.mode, torch.no_grad(), running_plainly():

@@ -19,9 +19,9 @@ from .dispatcher import Dispatcher
 from .errors import CannotTrace
 from .estimating import Estimator
 from .lowering import Lowered, lower
-from .plainly import running_plainly
+from .plainly import running_plainly, untouched
 from .plan import Plan
-from .tracing import is_within, module_of, trace
+from .tracing import is_within, module_of, once_each, trace
 
 SLACK = 1.05
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -35,13 +35,15 @@ def plan_model(model: nn.Module, call: Call, settings: Mapping[str, Any]) -> tup
     Raises:
         UnsupportedModelError: the model cannot be traced, or nothing in it is worth it, or the budget cannot be met.
     """
-    with evaluating(model):
-        name, aim_bytes = _smallest_module(model, call, settings)
+    with evaluating(model), untouched(model):
+        name, peak = _smallest_module(model, call, settings)
         while True:
             made = _plan_module(model, name, call, settings)
             # What is outside runs as it stands. Where that needs more than a plan of all, the plan takes it in.
-            if made is not None and (not name or _call_bytes(model, made[1], call) <= SLACK * aim_bytes):
-                return made
+            if made is not None:
+                most = settings.get("budget_bytes") or SLACK * max(peak, made[2].peak_bytes)
+                if not name or _call_bytes(model, made[1], call) <= most:
+                    return made
             name = _usable(model, name.rpartition(".")[0])
 
 
@@ -60,13 +62,21 @@ def _plan_module(
     dispatcher = Dispatcher(module, name, settings)
     try:
         plan = dispatcher.plan_for(args, kwargs)
-    except CannotTrace as error:
-        if name:
+    except (CannotTrace, UnsupportedModelError) as error:
+        if name:  # what a module around it needs may be another
             return None
         raise UnsupportedModelError(str(error)) from error
-    if not name and not plan.is_sliced:
+    budget_bytes = settings.get("budget_bytes")
+    wished = settings.get("parts") or settings.get("split")
+    if plan.is_sliced and (wished or plan.peak_bytes < plan.plain_peak_bytes):
+        return name, dispatcher, plan
+    if budget_bytes is not None and plan.plain_peak_bytes > budget_bytes:
+        return name, dispatcher, plan
+    if name:
+        return None
+    if budget_bytes is None:
         raise UnsupportedModelError(_nothing(plan.ends))
-    return (name, dispatcher, plan) if plan.is_sliced else None
+    raise UnsupportedModelError(f"a call needs {plan.plain_peak_bytes:,} bytes as it is, which is within budget_bytes")
 
 
 def _nothing(ends: Mapping[str, str]) -> str:
@@ -87,7 +97,9 @@ def _smallest_module(model: nn.Module, call: Call, settings: Mapping[str, Any]) 
     stretches, planner = choose_stretches(lowered, settings)
     sliced = [stretch.nodes(lowered) for stretch in stretches if stretch.rules is not None]
     if not sliced:
-        raise UnsupportedModelError(_nothing(planner.ends()))
+        if settings.get("budget_bytes") is None:
+            raise UnsupportedModelError(_nothing(planner.ends()))
+        return "", 0  # by estimates it needs no parts; what is exact is seen later
     name = module_of(sliced[0][0])
     for nodes in sliced:
         for node in (nodes[0], nodes[-1]):
@@ -95,7 +107,7 @@ def _smallest_module(model: nn.Module, call: Call, settings: Mapping[str, Any]) 
     peak = max(_peak(stretch, planner.estimator) for stretch in stretches)
     while name and _most_outside(name, lowered, planner.estimator) > peak:
         name = name.rpartition(".")[0]
-    return _usable(model, name), max(peak, settings.get("budget_bytes") or 0)
+    return _usable(model, name), peak
 
 
 def _peak(stretch: Stretch, estimator: Estimator) -> int:
@@ -162,10 +174,11 @@ def _call_bytes(model: nn.Module, dispatcher: Dispatcher, call: Call) -> int:
 def _call_fakes(model: nn.Module, call: Call, how: Callable[[Callable[[], Any]], Any]) -> Any:
     """`how(run)`, where `run()` calls `model` on fake twins of its tensors and of the arguments."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        fakes = {name: _fake(t) for name, t in held.items()}
+        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        twins = {id(t): _fake(t) for t in held.values()}
+        fakes = once_each(model, {name: twins[id(t)] for name, t in held.items()})
         args, kwargs = pytree.tree_map_only(Tensor, _fake, call)
-        return how(lambda: torch.func.functional_call(model, fakes, args, kwargs))
+        return how(lambda: torch.func.functional_call(model, fakes, args, kwargs, tie_weights=False))
 
 
 def _fake(t: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import CannotTrace
+from .plainly import untouched
 
 aten = torch.ops.aten
 
@@ -68,15 +69,15 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     Raises:
         CannotTrace: torch.export cannot, for instance because the control flow depends on values.
     """
-    args, kwargs = pytree.tree_map_only(Tensor, _twin, (args, dict(kwargs)))
-    batches = [x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if has_batch(x)]
+    args, keywords = call = pytree.tree_map_only(Tensor, _twin, (args, dict(kwargs)))
+    batches = [x.shape[0] for x in pytree.tree_leaves(call) if has_batch(x)]
     if batches and min(batches) > 1:  # a trace for one holds for one only, and the other way round
-        dynamic = pytree.tree_map(lambda x: {0: torch.export.Dim.AUTO} if has_batch(x) else None, (args, kwargs))
+        dynamic = pytree.tree_map(lambda x: {0: torch.export.Dim.AUTO} if has_batch(x) else None, call)
         try:
-            return _as_traced(module, _export(module, args, kwargs, dynamic))
+            return _as_traced(module, _export(module, args, keywords, dynamic))
         except CannotTrace:
             pass
-    return _as_traced(module, _export(module, args, kwargs, None))
+    return _as_traced(module, _export(module, args, keywords, None))
 
 
 def _twin(x: Tensor) -> Tensor:
@@ -98,12 +99,15 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         if len(names) < len(args) or not set(kwargs) <= set(names):
             shapes = (*dynamic[0], *dynamic[1].values())
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with untouched(module) as changed, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CannotTrace(f"torch.export cannot trace {type(module).__name__}: {reason}") from error
+    if changed:  # a plan would not do that
+        raise CannotTrace(f"the forward of {type(module).__name__} keeps something of each call in {changed[0]}")
+    return exported
 
 
 def _as_traced(module: nn.Module, exported: Any) -> Traced:
@@ -280,6 +284,15 @@ def read(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, key = name.rpartition(".")
     owner = module.get_submodule(path)
     return (owner._parameters if key in owner._parameters else owner._buffers), key
+
+
+def once_each(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One name for each place: what a shared module holds has several, and would not be put back if set twice."""
+    places: dict[tuple[int, str], str] = {}
+    for name in given:
+        holder, key = read(module, name)
+        places.setdefault((id(holder), key), name)
+    return {name: given[name] for name in places.values()}
 
 
 Operator = Callable[..., Any]

@@ -250,7 +250,10 @@ CASES = [
 ]
 
 # Methods of model scope and approximate ones, which the battery of single modules does not know, and what tests them.
-MODEL_SCOPE = {"share_mask": "tests/integrations/test_attention.py"}
+MODEL_SCOPE = {
+    "share_mask": "tests/integrations/test_attention.py",
+    "patch_conv": "tests/methods/test_patch_conv.py",
+}
 APPROXIMATE = {"flash_svd": "tests/methods/test_flash_svd.py"}
 
 NOTED_CASES = [

@@ -60,21 +60,25 @@ def taps(mode: str, size_in: int, size_out: int, align_corners: bool | None, sca
         return Taps(torch.where(weights != 0, order, order[:, :1]), weights)
 
 
+MANY = 129  # torch takes another way, which rounds otherwise, for outputs of more than 128 rows and columns
+
+
 @lru_cache(maxsize=256)
 def nearest_taps(
-    mode: str, size_in: int, size_out: int, scale: float | None, dtype: torch.dtype, rank: int, channels_last: bool
+    mode: str, size_in: int, size_out: int, scale: float | None, dtype: torch.dtype, others: tuple[int, ...]
 ) -> Taps:
-    """The taps of one axis. Which row is the nearest depends on rounding, and torch rounds in the map's dtype or in
-    float32, by its layout; so they are asked for on a map of that kind, of one column."""
-    form = torch.contiguous_format
-    if channels_last and rank > 1:
-        form = torch.channels_last if rank == 2 else torch.channels_last_3d
+    """The taps of one axis of a map whose other dimensions get the sizes `others`.
+
+    Which row is the nearest can hang on the last bit of the scale, which torch rounds in the map's dtype and by its
+    size; so it is asked what it does to a map of that kind.
+    """
     with torch.inference_mode(False), torch.no_grad():
-        line = torch.arange(size_in, dtype=dtype).view(1, 1, size_in, *[1] * (rank - 1))
-        line = line.repeat(1, 2, *[1] * rank).contiguous(memory_format=form)
-        sizes, scales = [size_out, *[1] * (rank - 1)], [scale, *[None] * (rank - 1)]
+        rank = 1 + len(others)
+        line = torch.arange(size_in, dtype=dtype).view(1, 1, size_in, *[1] * (rank - 1)).repeat(1, 2, *[1] * rank)
+        sizes, scales = [size_out, *(min(n, MANY) for n in others)], [scale, *[None] * (rank - 1)]
         name = f"upsample_nearest{rank}d" if mode == "nearest" else f"_upsample_nearest_exact{rank}d"
-        rows = getattr(aten, name)(line, sizes, *scales)[0, 0].reshape(-1, 1).long()
+        shown = getattr(aten, name)(line, sizes, *scales)[0, 0].reshape(size_out, -1)
+        rows = shown[:, :1].long()
         return Taps(rows, torch.ones_like(rows, dtype=torch.float64))
 
 
@@ -118,21 +122,17 @@ class Interpolation(Local):
         self.scales: list[float | None] = list(scales) if scales else [None] * self.spatial
         self._source = x
         self._packet: Any = packet
+        # On GPUs torch rounds in float32 whatever the dtype.
+        is_double = x.dtype is torch.float64 and x.device.type == "cpu"
+        self._rounding = torch.float64 if is_double else torch.float32
         self._taps = [self._taps_of(d) if d else None for d in dims]
 
     def _taps_of(self, d: int) -> Taps:
         size_in, size_out, scale = int(self._source.shape[d]), self.shape[d], self.scales[d - 2]
         if not self.is_nearest:
             return taps(self.mode, size_in, size_out, self.align_corners, scale)
-        form = {2: torch.channels_last, 3: torch.channels_last_3d}.get(self.spatial)
-        last = form is not None and self._source.is_contiguous(memory_format=form)
-        return self._nearest_taps(size_in, size_out, scale, last)
-
-    def _nearest_taps(self, size_in: int, size_out: int, scale: float | None, channels_last: bool) -> Taps:
-        # On GPUs torch computes in float32 whatever the dtype.
-        is_double = self._source.dtype is torch.float64 and self._source.device.type == "cpu"
-        dtype = torch.float64 if is_double else torch.float32
-        return nearest_taps(self.mode, size_in, size_out, scale, dtype, self.spatial, channels_last)
+        others = tuple(n for e, n in enumerate(self.shape) if e >= 2 and e != d)
+        return nearest_taps(self.mode, size_in, size_out, scale, self._rounding, others)
 
     def need(self, source: int, axis: int, start: int, stop: int) -> Interval:
         found = self._taps[axis]
@@ -150,7 +150,8 @@ class Interpolation(Local):
             if found is not None:
                 shown = found.rows[out[axis][0] : out[axis][1]] - got[axis][0]
                 sizes = got[axis][1] - got[axis][0], out[axis][1] - out[axis][0]
-                if not all(torch.equal(self._nearest_taps(*sizes, None, last).rows, shown) for last in (False, True)):
+                others = tuple(n for e, n in enumerate(self.part_shape(out)) if e >= 2 and e != self.dims[axis])
+                if not torch.equal(nearest_taps(self.mode, *sizes, None, self._rounding, others).rows, shown):
                     return False
         return True
 
