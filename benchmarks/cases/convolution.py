@@ -47,7 +47,7 @@ class Way:
 
 WAYS = (
     Way(name="whole"),
-    Way(name="whole, channels_last", channels_last=True),
+    Way(name="whole, channels_last", channels_last=True, exact=False),
     Way(name="memsave stream", settings={"schedule": "stream"}),
     Way(name="memsave patch", settings={"schedule": "patch"}),
     Way(name="memsave stream, smallest", settings={"schedule": "stream"}, budget="smallest"),
@@ -125,7 +125,7 @@ def classifier(name: str, settings: Mapping[str, object]) -> nn.Module:
 
 
 def vae(**changed: object) -> nn.Module:
-    """An autoencoder with the structure of Stable Diffusion's at an eighth of its width.
+    """An autoencoder with the structure of Stable Diffusion's at a sixteenth of its width.
 
     With `sample_size` 512, diffusers' tiles are 64 x 64 latents, which are 512 x 512 pixels, as there.
 
@@ -136,7 +136,7 @@ def vae(**changed: object) -> nn.Module:
         raise PackageMissing("diffusers is not installed: pip install 'memsave[bench]'")
     from diffusers import AutoencoderKL
 
-    settings: dict[str, Any] = {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 2, "norm_num_groups": 16}
+    settings: dict[str, Any] = {"block_out_channels": (8, 16, 32, 32), "layers_per_block": 2, "norm_num_groups": 8}
     settings |= {"sample_size": 512, **changed}
     blocks = len(settings["block_out_channels"])
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
@@ -153,15 +153,17 @@ _MOBILENET = ConvolutionCase(
     expected_s=60,
 )
 # Tiles of a toy are 8 x 8 latents, with two blocks between them and the pixels.
-_TINY_VAE = partial(vae, block_out_channels=(16, 32), layers_per_block=1, sample_size=16)
+_TINY_VAE = partial(vae, block_out_channels=(8, 16), layers_per_block=1, sample_size=16)
 _VAE = ConvolutionCase(
-    name="patch_conv_vae_64",
-    title="the decoder of an autoencoder without gradients, 64 x 64 latents to 512 x 512 pixels, fp32",
+    name="patch_conv_vae",
+    title="the decoder of an autoencoder without gradients",
     model=vae,
     forward=decoded,
     planned="decoder",
     shape=(1, 4, 64, 64),
-    expected_s=300,
+    ways=WAYS[:4],
+    most_rounds=5,
+    expected_s=60,
     tiny={"model": _TINY_VAE, "shape": (1, 4, 16, 16)},
 )
 
@@ -180,8 +182,8 @@ CONVOLUTION_CASES = (
         model=partial(classifier, "ResNet", {}),
         forward=logits,
         shape=(1, 3, 2048, 2048),
-        most_rounds=3,
-        expected_s=600,
+        most_rounds=2,
+        expected_s=300,
         tiny={
             "model": partial(
                 classifier, "ResNet", {"embedding_size": 16, "hidden_sizes": (16, 32, 32, 64), "depths": (1, 1, 1, 1)}
@@ -189,15 +191,14 @@ CONVOLUTION_CASES = (
             "shape": (1, 3, 64, 64),
         },
     ),
-    _VAE,
     replace(
         _VAE,
-        name="patch_conv_vae_64_batch",
+        name="patch_conv_vae_64",
         title="the decoder of an autoencoder without gradients, four times 64 x 64 latents to 512 x 512 pixels, fp32",
         shape=(4, 4, 64, 64),
-        ways=(*WAYS, *SLICING),
-        most_rounds=5,
-        expected_s=600,
+        ways=(*WAYS[:4], *SLICING),
+        most_rounds=3,
+        expected_s=180,
         tiny={"model": _TINY_VAE, "shape": (2, 4, 8, 8)},
     ),
     replace(
@@ -205,18 +206,18 @@ CONVOLUTION_CASES = (
         name="patch_conv_vae_128",
         title="the decoder of an autoencoder without gradients, 128 x 128 latents to 1024 x 1024 pixels, fp32",
         shape=(1, 4, 128, 128),
-        ways=(*WAYS, *TILING),
-        most_rounds=5,
-        expected_s=900,
+        ways=(*WAYS[:4], *TILING),
+        most_rounds=3,
+        expected_s=180,
     ),
     replace(
         _VAE,
         name="patch_conv_vae_256",
         title="the decoder of an autoencoder without gradients, 256 x 256 latents to 2048 x 2048 pixels, fp32",
         shape=(1, 4, 256, 256),
-        ways=(*WAYS, *TILING),
+        ways=(WAYS[0], WAYS[2], *TILING),
         most_rounds=2,
-        expected_s=2400,
+        expected_s=900,
     ),
     ConvolutionCase(
         name="patch_conv_efficientnet_224",
@@ -224,7 +225,8 @@ CONVOLUTION_CASES = (
         model=partial(classifier, "EfficientNet", _EFFICIENTNET_B0),
         forward=logits,
         shape=(1, 3, 224, 224),
-        expected_s=120,
+        ways=WAYS[:4],
+        expected_s=60,
     ),
     ConvolutionCase(
         name="patch_conv_convnext_224",
@@ -232,7 +234,8 @@ CONVOLUTION_CASES = (
         model=partial(classifier, "ConvNext", {}),
         forward=logits,
         shape=(1, 3, 224, 224),
-        expected_s=120,
+        ways=WAYS[:4],
+        expected_s=60,
     ),
     ConvolutionCase(
         name="patch_conv_segformer_512",
@@ -240,6 +243,7 @@ CONVOLUTION_CASES = (
         model=partial(network, "SegformerConfig", "SegformerForSemanticSegmentation", {"num_labels": 150}),
         forward=logits,
         shape=(1, 3, 512, 512),
-        expected_s=120,
+        ways=WAYS[:4],
+        expected_s=60,
     ),
 )

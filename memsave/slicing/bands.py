@@ -15,7 +15,7 @@ from .passes import Pass
 from .rules.local import Local
 
 Rows = dict[fx.Node, int]
-MOST_FILLING_BANDS = 32
+MOST_FILLING_BANDS = 16
 
 
 @dataclass

@@ -52,6 +52,8 @@ def _within_budget(
     whole: list[Stretch],
     exact_bytes: Callable[[Sequence[Stretch]], int] | None,
 ) -> list[Stretch]:
+    if exact_bytes and exact_bytes(whole) <= budget_bytes:
+        return whole
     allowed = float(budget_bytes)
     for _ in range(TRIES):  # estimates are a little off: ask for less until the exact bytes are within the budget
         path = planner.path(allowed)

@@ -380,8 +380,3 @@ BUILDERS: dict[Any, Callable[[fx.Node, Dims], Local | Reduction]] = {
     channel_moments: _moments,
     scale_channels: ScaleChannels,
 }
-
-
-def is_known(node: fx.Node) -> bool:
-    """Whether there is a rule for the kind of op that `node` is."""
-    return is_pointwise(node) or getattr(node.target, "overloadpacket", node.target) in BUILDERS

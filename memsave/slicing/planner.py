@@ -19,7 +19,7 @@ from .lowering import Lowered
 from .tracing import is_within, module_of, op_name
 
 MOST_CUTS = 32
-TOLERANCE = 0.02  # of the plain peak: how near to the fewest bytes the planner goes
+TOLERANCE = 0.02  # how near the planner goes to the fewest bytes
 SMALL = 12  # ops whose maps are this many times smaller than the largest are not worth a cut
 MOST_EXTRA_MACS = 0.05
 MOST_EXTRA_COST = 0.25
@@ -199,7 +199,7 @@ class Planner:
         most_extra_macs = MOST_EXTRA_MACS * self.plain.macs if cheap else inf
         low, high = 0.0, float(self.plain.peak_bytes)
         found: list[list[Stretch]] = []
-        while high - low > TOLERANCE * self.plain.peak_bytes:
+        while high - low > max(TOLERANCE * high, self.plain.peak_bytes / 1024):
             middle = (low + high) / 2
             path = self.path(middle, most_extra_macs)
             if path is not None and (not cheap or self._is_cheap(path[0], path[1])):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .assembling import Program
-from .classify import is_known
 from .executor import run
 from .lowering import Lowered
 from .plainly import running_plainly
@@ -24,23 +22,12 @@ def peak_bytes(program: Program, lowered: Lowered) -> int:
     """The most bytes that one call has allocated at one moment, beside its inputs, parameters and buffers."""
     from ..memory import measure
 
-    program, mode, twin = _shortened(program), lowered.mode, _itself
-    if all(is_known(node) for node in lowered.nodes):  # the others may depend on the device
-        program = replace(program, constants={slot: _on_meta(t) for slot, t in program.constants.items()})
-        mode, twin = nullcontext(), _on_meta  # type: ignore[assignment]  # half the time of fake tensors
-    leaves: dict[int, Any] = {i: twin(node.meta["val"]) for i, node in lowered.inputs.items()}
-    tensors: dict[str, Tensor] = {name: twin(node.meta["val"]) for node, name in lowered.tensors.items()}
-    with mode, torch.no_grad():
+    program = _shortened(program)
+    leaves: dict[int, Any] = {i: node.meta["val"] for i, node in lowered.inputs.items()}
+    tensors: dict[str, Tensor] = {name: node.meta["val"] for node, name in lowered.tensors.items()}
+    with lowered.mode, torch.no_grad():
         profile = measure(lambda: run(program, _by_place(leaves), tensors))
     return profile.by_category["temporary"]
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def plain_peak_bytes(module: nn.Module, traced: Traced, lowered: Lowered, leaves: Sequence[Any]) -> int:

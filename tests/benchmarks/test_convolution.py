@@ -143,7 +143,7 @@ def run_tiny(case: ConvolutionCase, out: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["patch_conv_mobilenet_v2_224", "patch_conv_vae_64_batch", "patch_conv_vae_128"])
+@pytest.mark.parametrize("name", ["patch_conv_mobilenet_v2_224", "patch_conv_vae_64", "patch_conv_vae_128"])
 def test_cases_at_toy_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if BY_NAME[name].planned:
         pytest.importorskip("diffusers")
