@@ -21,7 +21,7 @@ from .regions import Region
 from .rules.local import Local
 from .rules.pointwise import is_pointwise
 from .tiles import tile_regions
-from .whole import Storages
+from .whole import Storages, storage_of, tensors_of
 
 FEW = 3  # bands, of which none may be in the middle
 WEIGHT_SHARE = 0.25  # reading an element of a weight again, beside making one
@@ -60,14 +60,14 @@ class Estimator:
     def _intervals(self) -> dict[int, tuple[int, int, int]]:
         """For each storage that ops make: its bytes, the node that makes it, and the last one that reads it."""
         nodes = self.lowered.nodes
-        given = {_storage(n.meta["val"]) for n in self.lowered.graph.nodes if n.op == "placeholder" and _is_tensor(n)}
+        given = {storage_of(n.meta["val"]) for n in self.lowered.graph.nodes if n.op == "placeholder" and _is_tensor(n)}
         order = {node: i for i, node in enumerate(nodes)}
         found: dict[int, tuple[int, int, int]] = {}
         for i, node in enumerate(nodes):
             last = max((order.get(u, len(nodes)) for u in node.users), default=i)
             last = len(nodes) if node in self.outputs else last
-            for tensor in _tensors(node.meta.get("val")):
-                key = _storage(tensor)
+            for tensor in tensors_of(node.meta.get("val")):
+                key = storage_of(tensor)
                 if key in given:
                     continue
                 nbytes, first, until = found.get(key, (tensor.untyped_storage().nbytes(), i, last))
@@ -92,14 +92,14 @@ class Estimator:
         nodes = self.lowered.nodes[start:stop]
         peak = 0
         for i, node in enumerate(nodes, start):
-            new = sum(t.nbytes for t in _tensors(node.meta.get("val")) if self._is_new(t, i))
+            new = sum(t.nbytes for t in tensors_of(node.meta.get("val")) if self._is_new(t, i))
             over = new if in_place and is_pointwise(node) and self.live_bytes[i + 1] <= self.live_bytes[i] else 0
             peak = max(peak, self.live_bytes[i] + new - over + _extra_bytes(node))
-        elements = sum(t.numel() for node in nodes for t in _tensors(node.meta.get("val")))
+        elements = sum(t.numel() for node in nodes for t in tensors_of(node.meta.get("val")))
         return Cost(peak, sum(node.meta["macs"] for node in nodes), elements, len(nodes))
 
     def _is_new(self, tensor: Tensor, node: int) -> bool:
-        interval = self._intervals.get(_storage(tensor))
+        interval = self._intervals.get(storage_of(tensor))
         return interval is not None and interval[1] == node
 
     def bands(self, start: int, stop: int, rules: Rules, rows: int) -> Cost | None:
@@ -154,12 +154,12 @@ class Estimator:
             if rows and run.local:
                 is_dying = dying_test(passes, i, self._storages, stop)
                 run, over = overlay(run, is_dying, rows, channels_last=False, sampled=True)
-            held += sum(t.nbytes for n in run.targets if n not in over for t in _tensors(n.meta["val"]))
+            held += sum(t.nbytes for n in run.targets if n not in over for t in tensors_of(n.meta["val"]))
             if run.local or run.reductions:
                 part = tile_cost(run, counts) if counts else band_cost(run, rows)
                 peak = max(peak, held + prepared + part.peak_bytes)
                 macs, elements, calls = macs + part.macs, elements + part.elements, calls + part.calls
-            small = sum(t.nbytes for n in run.ready for t in _tensors(n.meta.get("val")))
+            small = sum(t.nbytes for n in run.ready for t in tensors_of(n.meta.get("val")))
             peak, calls = max(peak, held + small), calls + len(run.ready)
         return Cost(peak, macs, elements, calls)
 
@@ -327,13 +327,3 @@ def _extra_bytes(node: fx.Node) -> int:
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for t in value if isinstance(t, Tensor)] if isinstance(value, (tuple, list)) else []
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

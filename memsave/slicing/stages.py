@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,12 +29,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def plan_model(model: nn.Module, call: Call, settings: Mapping[str, Any]) -> tuple[str, Dispatcher, Plan]:
     """The module to be planned: its name, what stands in for its forward, and the plan for this call.
 
-    Changes nothing.
+    Changes nothing. All of the model is in evaluation.
 
     Raises:
         UnsupportedModelError: the model cannot be traced, or nothing in it is worth it, or the budget cannot be met.
     """
-    with evaluating(model), untouched(model):
+    with untouched(model):
         name, peak = _smallest_module(model, call, settings)
         while True:
             made = _plan_module(model, name, call, settings)
@@ -183,16 +182,3 @@ def _call_fakes(model: nn.Module, call: Call, how: Callable[[Callable[[], Any]],
 
 def _fake(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in evaluation inside, by their flags."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

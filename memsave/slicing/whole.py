@@ -50,13 +50,13 @@ class Storages:
         self._sharers: dict[int, list[fx.Node]] = {}
         self._outputs = outputs
         for node in next(iter(order)).graph.nodes if order else ():
-            for tensor in _tensors(node.meta.get("val")):
-                self._sharers.setdefault(_storage(tensor), []).append(node)
+            for tensor in tensors_of(node.meta.get("val")):
+                self._sharers.setdefault(storage_of(tensor), []).append(node)
 
     def is_free_after(self, value: fx.Node, reader: fx.Node) -> bool:
         """Whether `reader` is the last to read the storage of `value`, which was made by an op."""
         now = self._order[reader]
-        for sharer in self._sharers[_storage(value.meta["val"])]:
+        for sharer in self._sharers[storage_of(value.meta["val"])]:
             if sharer.op == "placeholder" or sharer in self._outputs:
                 return False
             if any(self._order.get(user, now) > now for user in sharer.users):
@@ -67,7 +67,7 @@ class Storages:
 
     def dies_before(self, value: fx.Node, place: int) -> bool:
         """Whether `value` has a storage to itself that nothing reads from the op number `place` on."""
-        sharers = self._sharers.get(_storage(value.meta["val"]), [])
+        sharers = self._sharers.get(storage_of(value.meta["val"]), [])
         if sharers != [value] or value.op == "placeholder" or value in self._outputs:
             return False
         return all(self._order.get(user, place) < place for user in value.users)
@@ -89,11 +89,11 @@ def overwritten(node: fx.Node, storages: Storages) -> fx.Node | None:
     return None
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [t for t in value if isinstance(t, Tensor)] if isinstance(value, (tuple, list)) else []
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata

@@ -104,7 +104,7 @@ def _hold(model: Any) -> None:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (_shift, "memsave: its output differs by 1.0e-04 of the largest"),
+        (_shift, "memsave: its output is off by 1.0e-04 of the largest"),
         (_watch, "memsave: its calls did not run by the plan: {'hooks watch a module within': "),
         (_hold, "memsave: a call allocates .* bytes, predicted were "),
     ],
