@@ -71,7 +71,9 @@ class Plan:
         macs, plain_macs: multiply-accumulates of convolutions and products.
         ends: ops that cannot be computed in parts, and why: a stage ends before each.
         layers: the bytes around each op, in order.
+        halos: what each op with a window adds to what neighbouring tiles compute twice.
         calls: how many calls ran by a plan ("planned"), and why others did not.
+        program: the steps of a call.
     """
 
     module: str
