@@ -8,7 +8,7 @@ nothing twice. Norms over whole maps take two passes, so that slices are exact w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,9 +26,9 @@ _UNCHANGED = "The model was not changed."
 
 @dataclass(frozen=True)
 class PatchSurvey(Survey):
-    """The plans, by the names of the modules whose forward they stand in for."""
+    """With what will stand in for the planned module's forward."""
 
-    dispatchers: Mapping[str, Dispatcher] = field(default_factory=dict)
+    dispatcher: Dispatcher | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,7 @@ class PatchConvConfig(MethodConfig):
         return self.input_size is None
 
     def why_not(self, module: nn.Module) -> str | None:
-        replaced = [n for n, m in module.named_modules() if "forward" in m.__dict__ and not _is_planned(m)]
-        if replaced:
-            return f"the forward of {replaced[0] or 'the model'} was replaced on the instance; undo that first"
-        return None
+        return _replaced(module, "on the instance")
 
     def survey(
         self, model: nn.Module, targets: Sequence[tuple[str, nn.Module]], calibration: Iterable[Any] | None
@@ -110,7 +107,7 @@ class PatchConvConfig(MethodConfig):
             converted=[(name, dispatcher.module)],
             notes=[str(plan)],
             states={"": {"modules": [name]}},
-            dispatchers={name: dispatcher},
+            dispatcher=dispatcher,
         )
 
     def _call(self, model: nn.Module, calibration: Iterable[Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -133,11 +130,11 @@ class PatchConvConfig(MethodConfig):
         calibration: Iterable[Any] | None,
         convert: Callable[[str, Callable[[nn.Module], nn.Module]], None],
     ) -> None:
-        assert isinstance(survey, PatchSurvey)
+        assert isinstance(survey, PatchSurvey) and survey.dispatcher is not None
+        dispatcher = survey.dispatcher
 
         def install(root: nn.Module) -> nn.Module:
-            for dispatcher in survey.dispatchers.values():
-                dispatcher.module.__dict__["forward"] = dispatcher
+            dispatcher.module.__dict__["forward"] = dispatcher
             return root
 
         convert("", install)
@@ -167,10 +164,7 @@ class PatchConvConfig(MethodConfig):
         return module
 
     def why_not_restore(self, module: nn.Module) -> str | None:
-        replaced = [n for n, m in module.named_modules() if "forward" in m.__dict__ and not _is_planned(m)]
-        if replaced:
-            return f"the forward of {replaced[0] or 'the model'} was replaced since; undo that first"
-        return None
+        return _replaced(module, "since")
 
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
         for _, planned in self.within(module):
@@ -192,6 +186,12 @@ def patch_plans(model: nn.Module) -> list[Plan]:
 
 def _is_planned(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), Dispatcher)
+
+
+def _replaced(model: nn.Module, when: str) -> str | None:
+    """Say which module has a forward of somebody else's in the instance, or return None."""
+    replaced = [n for n, m in model.named_modules() if "forward" in m.__dict__ and not _is_planned(m)]
+    return f"the forward of {replaced[0] or 'the model'} was replaced {when}; undo that first" if replaced else None
 
 
 def _checked_size(size: Any) -> tuple[int, ...]:

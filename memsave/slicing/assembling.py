@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from .bands import plan_bands
 from .classify import Rules
 from .emitting import NOWHERE, SlotTable, emit_bands, emit_tiles
-from .folding import Prepared, fold_norms, preparing
+from .folding import fold_norms, preparing
 from .lowering import Lowered
 from .overlays import dying_test, overlay
 from .passes import Pass, passes_of
@@ -97,6 +97,7 @@ class _Assembly:
         self.lowered, self.channels_last = lowered, channels_last
         self.slots = SlotTable()
         self.steps: list[Step] = []
+        self._reads: list[list[int]] = []  # for each step, the slots of whole values that it reads
         self.repeats: list[tuple[int, int]] = []
         self.macs = 0
         self.outputs = {o for o in lowered.outputs if isinstance(o, fx.Node)}
@@ -140,11 +141,6 @@ class _Assembly:
     def _add(self, run: Run, out: int, reads: Sequence[Any]) -> None:
         self.steps.append(Step(run, out))
         self._reads.append([self.slots.of_whole(n) for n in reads if n not in self.given])
-
-    @property
-    def _reads(self) -> list[list[int]]:
-        """For each step, the slots of whole values that it reads; filled as steps are added."""
-        return self.__dict__.setdefault("_read_slots", [])
 
     def _sliced(self, stretch: Stretch) -> None:
         passes = stretch_passes(stretch, self.lowered)
@@ -221,6 +217,3 @@ def _is_dense(value: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-__all__ = ["Prepared", "Program", "Stretch", "assemble", "stretch_passes", "wanted_of"]

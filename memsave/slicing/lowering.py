@@ -44,9 +44,6 @@ class Lowered:
     outputs: list[Any]
     mode: FakeTensorMode
 
-    def is_given(self, node: fx.Node) -> bool:
-        return node.op == "placeholder"
-
 
 def lower(traced: Traced, module: nn.Module, leaves: Sequence[Any]) -> Lowered:
     """`traced` for call arguments `leaves`, of which only shape, dtype and device matter.

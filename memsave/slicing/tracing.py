@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,6 +293,3 @@ def once_each(module: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
         holder, key = read(module, name)
         places.setdefault((id(holder), key), name)
     return {name: given[name] for name in places.values()}
-
-
-Operator = Callable[..., Any]
