@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from benchmarks.cases.quality import DemoCase
+    from benchmarks.cases.demo_case import DemoCase
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

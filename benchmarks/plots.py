@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import result_files
+from benchmarks.formats import MIB, by_size, in_words
 from benchmarks.result_files import RESULTS
-from benchmarks.tables import MIB, ROOT, by_size, by_variant, by_way, device_in_words, in_words
+from benchmarks.tables import ROOT, by_variant, by_way, device_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

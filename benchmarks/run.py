@@ -29,6 +29,7 @@ from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.losses import LossCase
 from benchmarks.cases.op_case import OpCase
 from benchmarks.cases.quality import QUALITY_CASES, GradNormsCase, QualityCase
+from benchmarks.cases.routed_ffn import RoutedFFNCase
 from benchmarks.cases.streaming import DecodingCase, StreamingCase
 from benchmarks.cases.tiles import tile_cases
 from benchmarks.cases.training import ForwardCase, StepCase, TrainingCase
@@ -45,6 +46,7 @@ from benchmarks.runners.kept import run_kept_case
 from benchmarks.runners.models import run_model_case
 from benchmarks.runners.ops import run_op_case
 from benchmarks.runners.quality import further_runs
+from benchmarks.runners.routed_ffn import run_routed_ffn_case
 from benchmarks.runners.streaming import run_decoding_case, run_streaming_case
 from benchmarks.runners.variance import run_variance_case
 from benchmarks.sentences import PackageMissing
@@ -63,6 +65,7 @@ RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, st
     StreamingCase: run_streaming_case,
     DecodingCase: run_decoding_case,
     ConvolutionCase: run_convolution_case,
+    RoutedFFNCase: run_routed_ffn_case,
     GradNormsCase: run_grad_norms_case,
 }
 # Those that go on where they were: given a case and its results so far, they give each further one as it is there.

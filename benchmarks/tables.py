@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import result_files
+from benchmarks.formats import by_size, in_bytes, in_words, mebibytes, seconds, spread
 from benchmarks.result_files import RESULTS, ResultError
 
 ROOT = Path(__file__).parent.parent
-MIB = 2**20
 _BLOCK = re.compile(r"<!-- results: (?P<file>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -93,12 +93,6 @@ def adapter_rows(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def mebibytes(row: dict[str, Any], first: dict[str, Any], name: str) -> str:
-    if row[name] is None:
-        return "not counted"
-    return f"{row[name] / MIB:.1f} MiB ({row[name] / first[name]:.2f}x)"
-
-
 def variance_rows(data: dict[str, Any]) -> list[list[str]]:
     rows = [["sigma", "keep_ratio", "pps", "wta_crs", "crs", "pps / wta_crs", "pps / crs"]]
     for r in data["results"]:
@@ -146,11 +140,6 @@ def grad_norms_rows(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def spread(values: Sequence[float], style: str, unit: str = "") -> str:
-    """ "2.50x (2.00 to 3.00)": the mean, and the range."""
-    return f"{statistics.fmean(values):{style}}{unit} ({min(values):{style}} to {max(values):{style}})"
-
-
 def training_in_words(data: dict[str, Any]) -> str:
     """On what the demo's model was trained."""
     case = data["case"]
@@ -173,28 +162,9 @@ def op_rows(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def by_size(data: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """The rows of an op case, those of one size together, the first contender first."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in data["results"]:
-        found.setdefault(in_words(row["size"]), []).append(row)
-    return list(found.values())
-
-
-def in_words(size: dict[str, Any]) -> str:
-    """ "N = 4096, float32"."""
-    return ", ".join(value if name == "dtype" else f"{name} = {value}" for name, value in size.items())
-
-
 def op_cell(row: dict[str, Any], first: dict[str, Any]) -> str:
     ratio = row["median_s"] / first["median_s"]
     return f"{seconds(row['median_s'])} ({ratio:{'.2f' if ratio >= 0.1 else '.1g'}}x), {in_bytes(row['peak_bytes'])}"
-
-
-def in_bytes(count: int) -> str:
-    if count >= 0.1 * MIB:
-        return f"{count / MIB:.1f} MiB"
-    return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count} B"
 
 
 def kept_rows(data: dict[str, Any]) -> list[list[str]]:
@@ -280,6 +250,18 @@ def convolution_rows(data: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def routed_ffn_rows(data: dict[str, Any]) -> list[list[str]]:
+    """A row for each way to run the block, beside the first."""
+    first = data["results"][0]
+    rows = [["", "kept for backward", "allocated at the peak", "multiply-accumulates", "time", "CPU time"]]
+    for r in data["results"]:
+        kept, peak = (mebibytes(r, first, name) for name in ("kept_bytes", "peak_bytes"))
+        macs = f"{r['macs'] / 1e9:.1f}G ({r['macs'] / first['macs']:.2f}x)"
+        time = f"{r['median_s'] * 1e3:.0f} ms ({r['median_s'] / first['median_s']:.2f}x)"
+        rows.append([r["way"], kept, peak, macs, time, f"{r['cpu_s'] / first['cpu_s']:.2f}x"])
+    return rows
+
+
 def forward_rows(data: dict[str, Any]) -> list[list[str]]:
     """A row for each variant, beside the first."""
     first = data["results"][0]
@@ -297,10 +279,6 @@ def estimate_rows(data: dict[str, Any]) -> list[list[str]]:
         peak, process = (f"{r[name] / 2**30:.2f} GiB" for name in ("peak_bytes", "process_bytes"))
         rows.append([r["tool"], peak, f"{r['s']:.1f} s", f"{r['cpu_s']:.1f} s", process])
     return rows
-
-
-def seconds(value: float) -> str:
-    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
 
 
 def aim_in_words(data: dict[str, Any]) -> str:
@@ -323,6 +301,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "streaming": streaming_rows,
     "decoding": decoding_rows,
     "convolution": convolution_rows,
+    "routed_ffn": routed_ffn_rows,
     "adapters": adapter_rows,
     "op": op_rows,
     "loss": op_rows,

@@ -13,6 +13,7 @@ from .estimates import ESTIMATE_CASES
 from .kept import KEPT_CASES
 from .losses import LOSS_CASES
 from .ops import OP_CASES
+from .routed_ffn import ROUTED_FFN_CASES
 from .streaming import DECODING_CASES, STREAMING_CASES
 from .training import TRAINING_CASES
 from .variance import VARIANCE_CASES
@@ -31,6 +32,7 @@ CASES: tuple[Case, ...] = (
     *DECODING_CASES,
     *COMPRESSION_CASES,
     *CONVOLUTION_CASES,
+    *ROUTED_FFN_CASES,
 )
 
 __all__ = ["CASES", "Case"]

@@ -1,4 +1,4 @@
-"""The benchmark cases of sampled training's quality, which train the demo's model on real text.
+"""The benchmark cases of training's quality, which train the demo's model on real text.
 
 They take up to an hour, so they are a suite of their own: `python -m benchmarks.run --suite quality`.
 """
@@ -7,38 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks import demo
-
 from .case import Case
+from .demo_case import DemoCase
+from .sparse_attention import CONTINUED_CASE, RECALL_CASE
 
 ALL_LINEARS = r".*\.layers\..*_proj"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoCase(Case):
-    """Trains the model of examples/train_text.py.
-
-    Attributes:
-        size: of the model, a key of `train_text.SIZES`.
-        batch: sequences in a batch.
-        length: bytes in a sequence.
-        lr: the highest learning rate of the steps that are the demo's.
-        text: folder with text files; None for the standard library's source.
-    """
-
-    size: str = "small"
-    batch: int = 4
-    length: int = 256
-    lr: float = 1e-3
-    text: Path | None = None
-
-    def describe(self) -> dict[str, Any]:
-        text = demo.text(self.text)
-        described = super().describe() | {name: getattr(self, name) for name in ("size", "batch", "length", "lr")}
-        return described | {"text": {"source": text.source, "training_bytes": len(text.train)}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,4 +89,6 @@ QUALITY_CASES: tuple[Case, ...] = (
         expected_s=600.0,
         tiny={"size": "tiny", "batches": 2, "epochs": 2},
     ),
+    RECALL_CASE,
+    CONTINUED_CASE,
 )

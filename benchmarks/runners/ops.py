@@ -13,7 +13,7 @@ import memsave
 from benchmarks.cases.case import short
 from benchmarks.cases.op_case import Contender, Inputs, OpCase
 from benchmarks.checks import CheckFailed
-from benchmarks.tables import in_words
+from benchmarks.formats import in_words
 
 from .timing import elapsed, in_turns, no_garbage_collection, summary
 

@@ -27,6 +27,9 @@ from ..nn.eager import autocast_enabled, plain
 
 NAME = "memsave_sdpa"
 _PLAIN = "sdpa"
+SPARSE, SPARSE_SHARED = "memsave_sparse", "memsave_sparse_shared"
+"""What models with sparse attention ask for (`sparse_attention.py`): without, and with, masks that layers share."""
+_SHARING = {_PLAIN: NAME, SPARSE: SPARSE_SHARED}
 _KNOWN = {
     "module",
     "query",
@@ -118,15 +121,14 @@ def use(model: nn.Module) -> None:
     """Let every transformers model in `model` that uses SDPA use the registered function instead."""
     register()
     for config in _configs(model):
-        if config._attn_implementation == _PLAIN:
-            _set(config, NAME)
+        _set(config, _SHARING.get(config._attn_implementation, config._attn_implementation))
 
 
 def use_no_more(model: nn.Module) -> None:
     """Undo `use`."""
+    back = {sharing: plain for plain, sharing in _SHARING.items()}
     for config in _configs(model):
-        if config._attn_implementation == NAME:
-            _set(config, _PLAIN)
+        _set(config, back.get(config._attn_implementation, config._attn_implementation))
 
 
 def takes_attention(model: nn.Module) -> bool:
@@ -142,7 +144,7 @@ def why_not(model: nn.Module) -> str | None:
 
 def _why_not_this(model: PreTrainedModel) -> str | None:
     implementation = model.config._attn_implementation
-    if implementation not in (_PLAIN, NAME):
+    if implementation not in (*_SHARING, *_SHARING.values()):
         return f"its attention is {implementation!r}; only {_PLAIN!r} (set_attn_implementation) can share masks"
     if not _asks_the_registry(type(model)):
         return f"the code of {type(model).__name__} chooses its attention without transformers' registry"

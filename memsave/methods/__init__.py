@@ -7,7 +7,9 @@ from .recompute_activation import RecomputeActivationConfig
 from .recompute_dropout import RecomputeDropoutConfig
 from .recompute_mlp import RecomputeMLPConfig
 from .recompute_norm import RecomputeNormConfig
+from .routed_ffn import RoutedFFNConfig
 from .share_mask import ShareMaskConfig
+from .sparse_mha import SparseMHAConfig
 from .wta_crs import WTACRSConfig
 
 METHODS = (
@@ -19,6 +21,8 @@ METHODS = (
     LinearCrossEntropyConfig,
     PatchConvConfig,
     WTACRSConfig,
+    SparseMHAConfig,
+    RoutedFFNConfig,
     FlashSVDConfig,
 )
 
@@ -31,6 +35,8 @@ __all__ = [
     "RecomputeDropoutConfig",
     "RecomputeMLPConfig",
     "RecomputeNormConfig",
+    "RoutedFFNConfig",
     "ShareMaskConfig",
+    "SparseMHAConfig",
     "WTACRSConfig",
 ]

@@ -23,11 +23,17 @@ from .low_rank_mlp import low_rank_mlp
 from .masked_scale import masked_scale
 from .new_seed import new_seed
 from .pack_bits import pack_bits
+from .pq_encode import pq_encode
+from .pq_select import pq_select
+from .pq_select_blocks import pq_select_blocks
+from .pq_table import pq_table
 from .rms_norm import rms_norm
 from .rms_norm_backward import rms_norm_backward
 from .row_inclusion import row_inclusion
 from .sampled_matmul import sampled_matmul
 from .sddmm import sddmm
+from .selected_attention import selected_attention
+from .selected_attention_backward import selected_attention_backward
 from .spmm import spmm
 
 __all__ = [
@@ -49,11 +55,17 @@ __all__ = [
     "low_rank_mlp",
     "new_seed",
     "pack_bits",
+    "pq_encode",
+    "pq_select",
+    "pq_select_blocks",
+    "pq_table",
     "rms_norm",
     "rms_norm_backward",
     "row_inclusion",
     "sampled_matmul",
     "sddmm",
+    "selected_attention",
+    "selected_attention_backward",
     "serving",
     "spmm",
     "use_backend",

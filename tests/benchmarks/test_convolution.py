@@ -180,7 +180,7 @@ def test_every_case_is_among_all_cases() -> None:
 def result(ways: dict[str, tuple[float, int, float, float]], name: str = "patch_conv_tiny") -> dict[str, Any]:
     """A result file's content: by way, MiB at the peak, MACs, seconds and the difference."""
     rows = [
-        {"way": way, "peak_bytes": peak * tables.MIB, "macs": macs, "median_s": time, "difference": difference}
+        {"way": way, "peak_bytes": peak * formats.MIB, "macs": macs, "median_s": time, "difference": difference}
         for way, (peak, macs, time, difference) in ways.items()
     ]
     case = {"kind": "convolution", "name": name, "title": "a network without gradients, an image of 8 x 8 pixels"}

@@ -159,10 +159,10 @@ def test_the_points_of_a_step_and_the_line_of_the_best() -> None:
     data = json.loads((RESULTS / "cpu" / "step_demo.json").read_text())
     points = {"plain": (4, 1.0), "slow": (4, 2.0), "memsave": (2, 1.5), "compiled": (None, 3.0)}
     data["results"] = [
-        {"variant": name, "peak_bytes": peak and peak * tables.MIB, "allocator_peak_bytes": None, "median_s": seconds}
+        {"variant": name, "peak_bytes": peak and peak * formats.MIB, "allocator_peak_bytes": None, "median_s": seconds}
         for name, (peak, seconds) in points.items()
     ]
-    data["results"][-1]["allocator_peak_bytes"] = tables.MIB
+    data["results"][-1]["allocator_peak_bytes"] = formats.MIB
     (axes,) = plots.draw_pareto([data]).axes
     *dots, line = axes.lines
     drawn = sorted((float(x), float(y)) for dot in dots for x, y in dot.get_xydata())

@@ -254,7 +254,10 @@ MODEL_SCOPE = {
     "share_mask": "tests/integrations/test_attention.py",
     "patch_conv": "tests/methods/test_patch_conv.py",
 }
-APPROXIMATE = {"flash_svd": "tests/methods/test_flash_svd.py"}
+APPROXIMATE = {
+    "flash_svd": "tests/methods/test_flash_svd.py",
+    "routed_ffn": "tests/methods/test_routed_ffn.py",
+}
 
 NOTED_CASES = [
     NotedCase("rms_norm", lambda: nn.RMSNorm(WIDTH), EXACT, copies=1),

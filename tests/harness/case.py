@@ -23,6 +23,7 @@ class OpSpec:
         takes_empty: False for an op that refuses a first tensor without elements.
         writes: positions of the arguments that the op writes to, as its schema declares. What they hold afterwards
             counts as outputs behind those that it returns, here and in `oracle` and `plain`.
+        fixed: sizes of dimensions that are always the same, such as 16 entries of a table; they need not be odd.
     """
 
     name: str
@@ -31,6 +32,7 @@ class OpSpec:
     exact: bool | tuple[bool, ...] = True
     takes_empty: bool = True
     writes: tuple[int, ...] = ()
+    fixed: tuple[int, ...] = ()
 
     def is_exact(self, output: int) -> bool:
         return self.exact if isinstance(self.exact, bool) else self.exact[output]

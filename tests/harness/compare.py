@@ -33,6 +33,8 @@ def assert_same(actual: Any, expected: Any, where: str = "result") -> None:
 def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, where: str = "result") -> None:
     """Largest error against float64 at most twice that of plain PyTorch, or of one rounding where that has less.
 
+    What is infinite must be so, and does not count otherwise.
+
     Args:
         actual: the result, in the dtype of `plain`.
         exact: float64.
@@ -42,14 +44,18 @@ def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, where: st
     if not exact.numel():
         return
     exact, found = exact.cpu(), actual.cpu().double()
-    errors = (found - exact).abs()
-    rounding = torch.finfo(actual.dtype).eps / 2 * exact.abs().max().item()
-    budget = 2 * max((plain.cpu().double() - exact).abs().max().item(), rounding)
+    errors = _errors(found, exact)
+    rounding = torch.finfo(actual.dtype).eps / 2 * exact.abs().masked_fill(exact.isinf(), 0.0).max().item()
+    budget = 2 * max(_errors(plain.cpu().double(), exact).max().item(), rounding)
     wrong = ~(errors <= budget)
     if wrong.any():
         error = errors.max().item()  # NaN if there is one
         places = _places(wrong, found, exact)
         raise AssertionError(f"{where}: error {error:.3g} against float64, the budget is {budget:.3g}; {places}")
+
+
+def _errors(found: Tensor, exact: Tensor) -> Tensor:
+    return (found - exact).abs().masked_fill((found == exact) & exact.isinf(), 0.0)
 
 
 def _assert_same_form(actual: Tensor, shape: torch.Size, dtype: torch.dtype, where: str) -> None:

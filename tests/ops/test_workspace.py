@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,13 @@ import torch
 from memsave import ops
 from memsave.ops import _native
 from memsave.ops.rms_norm import Style
+from tests.cases.ops import (
+    pq_encode,
+    pq_select,
+    pq_select_blocks,
+    selected_attention,
+    selected_attention_backward,
+)
 from tests.cases.ops.inputs import (
     FLOATS,
     inclusion,
@@ -151,7 +159,76 @@ def spmm_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found
 
 
-CALLS = spmm_calls() | sddmm_calls() | calls() | norm_calls() | layer_norm_calls() | bit_calls() | logit_calls()
+def code_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Product quantization: every layout, one chunk of rows and several."""
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for layout in pq_encode.LAYOUTS:
+        for dtype in (torch.float32, torch.bfloat16):
+            args = pq_encode.arguments(S=300, M=5, d=8, C=13, dtype=dtype, layout=layout)
+            found[f"pq_encode-{layout}-{short(dtype)}"] = "pq_encode", args
+            found[f"pq_table-{layout}-{short(dtype)}"] = "pq_table", args
+    sizes: dict[str, dict[str, Any]] = {
+        "few": {"S": 90},
+        "strided": {"S": 90, "layout": "strided"},
+        "one_subspace": {"S": 90, "M": 1},
+        "many": {"S": 700, "M": 3},
+        "most": {"S": 700, "M": 3, "keep": 700},
+    }
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "window": {"is_causal": True, "window": 40, "position": 3},
+        "masked": {"mask": pq_select.some},
+        "mask_of_rows": {"mask": pq_select.MASKS["of_rows"], "is_causal": True},
+        "padded": {"mask": pq_select.padded, "is_causal": True},
+    }
+    for size, of_size in sizes.items():
+        for way, of_way in ways.items():
+            args = pq_select.arguments(**{"R": 250, "keep": 20} | of_size | of_way)
+            found[f"pq_select-{size}-{way}"] = "pq_select", args
+            more = {"keep": 5} if size == "most" else {}
+            args = pq_select_blocks.arguments(**{"N": 250, "block_size": 16} | of_size | of_way | more)
+            found[f"pq_select_blocks-{size}-{way}"] = "pq_select_blocks", args
+    return found
+
+
+def selected_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Single keys and blocks, one chunk of them and several, every layout."""
+    sizes: dict[str, dict[str, Any]] = {
+        "single": {"keep": 20, "S": 300},
+        "many_single": {"keep": 200, "S": 400, "D": 48},
+        "blocks": {"block_size": 16, "is_causal": True},
+        "many_blocks": {"block_size": 16, "keep": 20, "R": 700, "S": 700, "is_causal": True, "E": 40},
+        "masked": {"block_size": 16, "R": 410, "S": 390, "mask": pq_select.some, "keep": 9},
+        "padded": {"block_size": 16, "R": 410, "S": 390, "mask": pq_select.padded, "window": 50},
+        "half": {"block_size": 32, "keep": 6, "R": 800, "S": 800, "dtype": torch.bfloat16},
+        "transposed": {"block_size": 32, "R": 400, "S": 400, "layout": "transposed", "dtype": torch.float16},
+        "turned": {"block_size": 16, "R": 400, "S": 400, "layout": "turned"},
+        "strided": {"block_size": 16, "R": 400, "S": 390, "layout": "strided"},
+        "double": {"block_size": 16, "R": 400, "S": 390, "dtype": torch.float64, "kv": 4},
+        "wide": {"R": 50, "S": 90, "D": 300, "keep": 20},
+        "none": {"keep": 0},
+    }
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    for name, settings in sizes.items():
+        make = partial(selected_attention.arguments, **{"R": 200, "S": 210, "D": 24} | settings)
+        found[f"selected_attention-{name}"] = "selected_attention", make()
+        args = selected_attention_backward.with_gradients(make, spread=name == "strided")
+        found[f"selected_attention_backward-{name}"] = "selected_attention_backward", args
+    return found
+
+
+CALLS = (
+    code_calls()
+    | selected_calls()
+    | spmm_calls()
+    | sddmm_calls()
+    | calls()
+    | norm_calls()
+    | layer_norm_calls()
+    | bit_calls()
+    | logit_calls()
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,6 +15,7 @@ from memsave.ops.triton_rows import tile
 from .resources import TARGETS, Build
 
 LAST_OF_HEADS = ("stride_query_d", "stride_cos_d", "stride_sin_d")
+LAST_STRIDES = ("_e", "x_d", "key_d", "query_d", "stride_d", "codes_s", "mask_s", "indices_k", "logsumexp_r")
 
 
 def kernels_of(op: str) -> Any:
@@ -283,6 +284,87 @@ def _low_rank_mlp_build(
     return Build(name, kernel, types, constants, tuple(multiples), options)
 
 
+def product_quantization_builds() -> list[Build]:
+    """Narrow and wide subspaces, an odd number of them; blocks of keys in a tile, and larger than one."""
+    encode, select, blocks = (kernels_of(op) for op in ("pq_encode", "pq_select", "pq_select_blocks"))
+    builds = []
+    for dtype, features in [("fp16", 8), ("bf16", 128), ("fp32", 8), ("fp64", 33)]:
+        types = {"x": f"*{dtype}", "codebook": "*fp32", "out": "*u8"}
+        constants = {"M": 16, "C": 16, "D": features, "CODEWORDS": 16}
+        constants |= {"BLOCK_S": encode.BLOCK_S, "BLOCK_D": encode.BLOCK_D}
+        options = {"num_warps": encode.WARPS}
+        builds.append(_usual_build(f"encode_{dtype}_{features}", encode.encode_kernel, types, constants, options))
+    bytes_of = dict.fromkeys(("table", "codes", "mask"), "*u8")
+    for subspaces in (8, 15):
+        constants = {"M": subspaces, "IS_CAUSAL": True, "BLOCK_R": select.BLOCK_R, "BLOCK_S": select.BLOCK_S}
+        types = {**bytes_of, "out": "*i16"}
+        options = {"num_warps": select.WARPS}
+        builds.append(_usual_build(f"estimate_{subspaces}", select.estimate_kernel, types, constants, options))
+    types, constants = {"estimates": "*i16", "out": "*i32"}, {"IS_CAUSAL": True, "BLOCK": select.BLOCK_ROW}
+    builds.append(_usual_build("keep", select.keep_kernel, types, constants, {"num_warps": select.ROW_WARPS}))
+    types = {**bytes_of, "weights": "*i32", "sums": "*i64", "ranks": "*i64"}
+    for size, subspaces in [(64, 16), (100, 7), (1024, 8)]:
+        inside = min(1 << (size - 1).bit_length(), blocks.TILE_KEYS)
+        constants = {"M": subspaces, "SIZE": size, "IS_CAUSAL": True, "REPRESENTATIVES": 2, "LOCAL": True}
+        constants |= {"BLOCKS": blocks.TILE_KEYS // inside, "INSIDE": inside, "BLOCK_I": 2, "BLOCK_L": blocks.BLOCK_L}
+        for kernel, warps in ((blocks.sum_kernel, blocks.WARPS), (blocks.rank_kernel, blocks.SHARE_WARPS)):
+            name = f"blocks_{kernel.fn.__name__}_{size}"
+            builds.append(_usual_build(name, kernel, types, constants, {"num_warps": warps}))
+    return builds
+
+
+def _usual_build(
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], *targets: str
+) -> Build:
+    """A build with contiguous tensors: the last stride is 1, the others are multiples, and other numbers are i32."""
+    found, known, aligned = {}, {}, []
+    for argument in kernel.arg_names:
+        if argument in constants:
+            known[argument] = constants[argument]
+        elif argument.startswith("stride_") and argument.endswith(LAST_STRIDES):
+            known[argument] = 1
+        else:
+            found[argument] = types.get(argument, "i32")
+            aligned += [argument] if argument.startswith("stride_") else []
+    return Build(name, kernel, found, known, tuple(aligned), options, targets or tuple(TARGETS))
+
+
+def selected_attention_builds() -> list[Build]:
+    """Blocks with a mask and without, single keys; narrow to wide heads."""
+    shapes = [("bf16", 64, 128, 128, False), ("fp16", 16, 64, 64, True), ("bf16", 64, 192, 256, True)]
+    shapes += [("fp16", 1, 80, 80, False), ("fp32", 64, 128, 128, True), ("fp32", 1, 256, 256, False)]
+    return [build for target in TARGETS for shape in shapes for build in _selected_builds(*shape, target)]
+
+
+def _selected_builds(dtype: str, size: int, d: int, e: int, masked: bool, target: str) -> list[Build]:
+    """The forward and both kernels of the backward, for 4 query heads of each key/value head."""
+    forward, backward = kernels_of("selected_attention"), kernels_of("selected_attention_backward")
+    torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    block_d, block_e = forward.power_of_2(d), forward.power_of_2(e)
+    like_query = ("doutput", "query", "key", "value", "output", "out", "dquery")
+    types = dict.fromkeys(like_query, f"*{dtype}") | dict.fromkeys(("logsumexp", "delta", "dkey", "dvalue"), "*fp32")
+    types |= {"indices": "*i32", "mask": "*u8", "order": "*i64", "begins": "*i64"}
+    flags = {"G": 4, "D": d, "E": e, "SCALE": d**-0.5, "SIZE": size, "PRECISION": "ieee", "IS_CAUSAL": size > 1}
+    flags |= {"HAS_WINDOW": masked, "BLOCK_D": block_d, "BLOCK_E": block_e, "BLOCK_K": forward.step_of(torch_dtype)}
+    if not masked:
+        flags |= {"mask": None} | {name: 0 for name in forward.attention_kernel.arg_names if "stride_mask" in name}
+    builds = []
+    for kernel, tile, rows in [
+        (forward.attention_kernel, forward.tile_of, 4 * size),
+        (backward.query_kernel, backward.query_tile, 4 * size),
+        (backward.key_kernel, backward.key_tile, size),
+    ]:
+        of = tile(rows, max(block_d, block_e), torch_dtype, masked, TARGETS[target][0].warp_size)
+        constants = flags | dict(zip(("BLOCK_M", "BLOCK_N"), of[:2], strict=True))
+        name = f"{kernel.fn.__module__.split('.')[-2]}_{kernel.fn.__name__}_{dtype}_{size}_{d}x{e}"
+        builds.append(
+            _usual_build(
+                name, kernel, types, constants, dict(zip(("num_warps", "num_stages"), of[2:], strict=True)), target
+            )
+        )
+    return builds
+
+
 BUILDS = [
     *integer_builds(),
     *gather_builds(),
@@ -294,4 +376,6 @@ BUILDS = [
     *sddmm_builds(),
     *low_rank_attention_builds(),
     *low_rank_mlp_builds(),
+    *product_quantization_builds(),
+    *selected_attention_builds(),
 ]

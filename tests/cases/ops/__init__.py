@@ -27,11 +27,17 @@ from . import (
     masked_scale,
     new_seed,
     pack_bits,
+    pq_encode,
+    pq_select,
+    pq_select_blocks,
+    pq_table,
     rms_norm,
     rms_norm_backward,
     row_inclusion,
     sampled_matmul,
     sddmm,
+    selected_attention,
+    selected_attention_backward,
     spmm,
 )
 
@@ -40,6 +46,7 @@ _TABLES = (
     *(rms_norm, rms_norm_backward, layer_norm, layer_norm_backward),
     *(activation, activation_backward, gated_activation, gated_activation_backward),
     *(low_rank_attention, low_rank_mlp),
+    *(pq_encode, pq_table, pq_select, pq_select_blocks, selected_attention, selected_attention_backward),
     *(pack_bits, masked_scale, logit_statistics, logit_statistics_backward),
 )
 

@@ -1,0 +1,180 @@
+"""Which keys a query attends to: those whose product with it is largest by the codes of the keys.
+
+B sequences, h query and kv key/value heads (g = h / kv), T queries, S keys, head size D; M subspaces, C codewords. One
+choice serves the g query heads of a key/value head, and for blocks all queries of a block. Keys are compared by their
+codes alone, queries as they are: their products with all codewords are looked up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...ops.pq_select_blocks import LEVELS
+
+REPRESENTATIVES = 8
+"""Queries that keys are chosen by for a block of queries, where the order counts: the first one and those before it."""
+ROWS_OF_REPRESENTATIVE = 8
+"""Elsewhere: so many queries in a row are stood for by their mean."""
+MIN_BLOCKS = 3
+"""The first block, the one in which the queries stand, and one that is chosen."""
+CHUNK_BYTES = 4 * 2**20
+"""What the tables, lists and outputs of the queries that are computed together may take."""
+_WEIGHT_BITS = 24  # of the largest weight of a key: what is 16.6 nats below the largest possible one counts nothing
+
+
+class Choice(NamedTuple):
+    """How many keys are chosen, and how.
+
+    Attributes:
+        keep: a fraction of the keys, if a float, or how many.
+        granularity: "token" or "block".
+        block_size: tokens of a block, both of queries and of keys.
+    """
+
+    keep: float | int
+    granularity: str
+    block_size: int
+
+    @property
+    def size(self) -> int:
+        """Tokens that are chosen together."""
+        return self.block_size if self.granularity == "block" else 1
+
+    def num_keys(self, keys: int) -> int:
+        """How many of `keys` keys a query attends to at most."""
+        wanted = self.keep if isinstance(self.keep, int) else math.ceil(self.keep * keys)
+        if self.granularity == "block":
+            return min(keys, self.num_blocks(keys) * self.block_size)
+        return max(1, min(wanted, keys))
+
+    def num_blocks(self, keys: int) -> int:
+        """How many key blocks a query block attends to at most."""
+        wanted = self.keep if isinstance(self.keep, int) else math.ceil(self.keep * keys)
+        there = -(-keys // self.block_size)
+        return max(1, min(there, max(MIN_BLOCKS, -(-wanted // self.block_size))))
+
+
+class Visibility(NamedTuple):
+    """Which keys a query sees.
+
+    Attributes:
+        mask: bool, True where a query sees a key, (B or 1, kv or 1, T or 1, S); None for no such mask.
+        is_causal: query t sees key s only for s <= position + t.
+        window: from 1 on: only for s > position + t - window.
+        position: beside which key query 0 stands.
+        local: whether queries stand beside keys at all, as in self-attention.
+    """
+
+    mask: Tensor | None
+    is_causal: bool
+    window: int
+    position: int
+    local: bool
+
+    def of_rows(self, rows: slice) -> Visibility:
+        """The same for some of the queries."""
+        mask = self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, rows]
+        return self._replace(mask=mask, position=self.position + rows.start)
+
+
+def chunk_rows(query: Tensor, key: Tensor, codebook: Tensor, choice: Choice) -> int:
+    """For how many queries keys are chosen, and attended to, together: whole blocks."""
+    batch, heads, _, features = query.shape
+    groups, subspaces = key.shape[1], codebook.shape[1]
+    if choice.granularity == "token":
+        # A list, a table, the sum of the queries of a group, and outputs.
+        row_bytes = groups * (4 * choice.num_keys(key.shape[2]) + 16 * subspaces + 4 * features)
+        row_bytes += heads * features * query.dtype.itemsize
+    else:
+        representatives = max(REPRESENTATIVES, choice.block_size // ROWS_OF_REPRESENTATIVE)
+        tables = representatives * (16 * subspaces + 4 * LEVELS + 4 * features) // choice.block_size
+        row_bytes = heads * (features * query.dtype.itemsize + tables)
+    rows = max(1, CHUNK_BYTES // max(1, batch * row_bytes))
+    return max(1, rows // choice.size) * choice.size
+
+
+def choose(
+    query: Tensor, rows: slice, codes: Tensor, codebook: Tensor, choice: Choice, see: Visibility, scale: float
+) -> Tensor:
+    """The lists (B, kv, N, K) int32 that `ops.selected_attention` takes, for some `rows` of query (B, h, T, D).
+
+    Args:
+        rows: for blocks, they begin with a whole number of blocks.
+        codes: (B, kv, P, S) uint8, of the keys.
+        codebook: (kv, M, C, d) float32.
+        see: what all queries see.
+    """
+    here = see.of_rows(rows)
+    if choice.granularity == "token":
+        return _tokens(query[:, :, rows], codes, codebook, choice, here, scale)
+    return _blocks(query, rows, codes, codebook, choice, here, scale)
+
+
+def _tokens(query: Tensor, codes: Tensor, codebook: Tensor, choice: Choice, see: Visibility, scale: float) -> Tensor:
+    groups, keys = codes.shape[1], codes.shape[3]
+    grouped = query.unflatten(1, (groups, -1))  # (B, kv, g, R, D)
+    # What all heads of a group would give a key together is the product with the sum of their queries.
+    wanted = grouped.squeeze(2) if grouped.shape[2] == 1 else grouped.float().sum(2)
+    table, _ = ops.pq_table(wanted if scale > 0 else -wanted, codebook)
+    return ops.pq_select(table, codes, see.mask, see.is_causal, see.window, see.position, choice.num_keys(keys))
+
+
+def _blocks(
+    query: Tensor, rows: slice, codes: Tensor, codebook: Tensor, choice: Choice, see: Visibility, scale: float
+) -> Tensor:
+    groups, size = codes.shape[1], choice.block_size
+    # A query must not depend on what comes after it, not even by the choice of keys that it shares with its block. A
+    # mask for each query of self-attention may hide what comes after, too.
+    ordered = see.is_causal or (see.local and see.mask is not None and see.mask.shape[2] > 1)
+    chosen_by = (_first_queries if ordered else _means)(query, rows, size).unflatten(1, (groups, -1))
+    chosen_by = chosen_by.transpose(2, 3).flatten(3, 4)  # (B, kv, N, g r, D)
+    shape = chosen_by.shape[2:4]
+    table, step = ops.pq_table(chosen_by.flatten(2, 3) * scale, codebook)
+    levels = torch.arange(-255, 1, device=query.device, dtype=torch.float32)
+    weights = (levels * step[..., None]).exp_().mul_(2.0**_WEIGHT_BITS).to(torch.int32)  # (B, kv, N g r, 256)
+    return ops.pq_select_blocks(
+        table.unflatten(2, shape),
+        weights.unflatten(2, shape),
+        codes,
+        _counting(see.mask, size, ordered),
+        see.is_causal,
+        see.window,
+        see.position,
+        size,
+        choice.num_blocks(codes.shape[3]),
+        see.local,
+    )
+
+
+def _first_queries(query: Tensor, rows: slice, size: int) -> Tensor:
+    """query (B, h, T, D) -> (B, h, N, r, D) float32: the first query of each block of `rows`, and those before it."""
+    first = torch.arange(rows.start, rows.stop, size, device=query.device)
+    places = first[:, None] - torch.arange(REPRESENTATIVES - 1, -1, -1, device=query.device)  # (N, r)
+    return query[:, :, places.clamp_(min=0)].float()
+
+
+def _means(query: Tensor, rows: slice, size: int) -> Tensor:
+    """query (B, h, T, D) -> (B, h, N, r, D) float32: means of some queries in a row of each block of `rows`."""
+    pooled = math.gcd(size, ROWS_OF_REPRESENTATIVE)
+    query = query[:, :, rows].float()
+    missing = -query.shape[2] % size
+    if missing:
+        query = torch.cat((query, query[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
+    return query.unflatten(2, (-1, size // pooled, pooled)).mean(4)
+
+
+def _counting(mask: Tensor | None, size: int, ordered: bool) -> Tensor | None:
+    """mask (B, kv, R, S) -> (B, kv, N, S): which keys count for a block; those of its first query, or of any."""
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    if ordered:
+        return mask[:, :, ::size]
+    missing = -mask.shape[2] % size
+    if missing:
+        mask = torch.cat((mask, mask[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
+    return mask.unflatten(2, (-1, size)).any(3)

@@ -1,0 +1,79 @@
+"""`selected_attention` in plain PyTorch, for every device: matrix products of query blocks with gathered key blocks.
+
+Shapes as in `blocks.py`. The scores of a chunk are all that is there at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blocks import (
+    Head,
+    Visibility,
+    by_query_block,
+    chunks,
+    gathered,
+    heads,
+    in_blocks,
+    row_slice,
+    scores,
+    statistics_dtype,
+    to_rows,
+)
+
+
+def selected_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    window: int,
+    position: int,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    output = query.new_zeros((*query.shape[:3], value.shape[3]))
+    logsumexp = query.new_full(query.shape[:3], float("-inf"), dtype=statistics_dtype(query))
+    if 0 in (query.shape[1], key.shape[2], indices.shape[3]):
+        return output, logsumexp
+    visibility = Visibility(mask, is_causal, window, position)
+    with torch.autocast(query.device.type, enabled=False):
+        for b, _, of_queries, head in heads(query, key, value, indices, visibility, block_size):
+            _attend(head, scale, output[b, of_queries], logsumexp[b, of_queries])
+    return output, logsumexp
+
+
+def _attend(head: Head, scale: float, output: Tensor, logsumexp: Tensor) -> None:
+    """Write output (g, R, E) and logsumexp (g, R) of one head."""
+    key, value = in_blocks(head.key, head.block_size), in_blocks(head.value, head.block_size)
+    for part in chunks(head):
+        rows = row_slice(head, part)
+        count, kept = rows.stop - rows.start, head.indices[part].clamp(min=0)
+        q = by_query_block(head.query[:, rows], part, head.block_size)
+        p = scores(head, part, q, gathered(key, kept, head.block_size), scale)
+        peak = p.amax(-1, keepdim=True)
+        peak.masked_fill_(peak == float("-inf"), 0.0)  # a row that sees nothing
+        p.sub_(peak).exp_()
+        total = p.sum(-1, keepdim=True)
+        y = torch.bmm(p, gathered(value, kept, head.block_size)).div_(total.clamp(min=torch.finfo(p.dtype).tiny))
+        output[:, rows] = to_rows(y, output.shape[0], count)
+        logsumexp[:, rows] = to_rows(total.log_().add_(peak), output.shape[0], count).squeeze(-1)
+
+
+def workspace_bytes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    window: int,
+    position: int,
+    block_size: int,
+    scale: float,
+) -> int:
+    """The blocks of one head where they are no view, and queries, keys, values, scores and output of a chunk."""
+    return 0
