@@ -30,12 +30,14 @@ from benchmarks.cases.losses import LossCase
 from benchmarks.cases.op_case import OpCase
 from benchmarks.cases.quality import QUALITY_CASES, GradNormsCase, QualityCase
 from benchmarks.cases.routed_ffn import RoutedFFNCase
+from benchmarks.cases.sparse_attention import AttentionCase, ContinuedCase, RecallCase
 from benchmarks.cases.streaming import DecodingCase, StreamingCase
 from benchmarks.cases.tiles import tile_cases
 from benchmarks.cases.training import ForwardCase, StepCase, TrainingCase
 from benchmarks.cases.variance import VarianceCase
 from benchmarks.checks import CheckFailed
 from benchmarks.result_files import ResultError
+from benchmarks.runners import continued, quality
 from benchmarks.runners.adapters import run_adapter_case
 from benchmarks.runners.compression import run_compression_case
 from benchmarks.runners.convolution import run_convolution_case
@@ -45,8 +47,9 @@ from benchmarks.runners.grad_norms import run_grad_norms_case
 from benchmarks.runners.kept import run_kept_case
 from benchmarks.runners.models import run_model_case
 from benchmarks.runners.ops import run_op_case
-from benchmarks.runners.quality import further_runs
+from benchmarks.runners.recall import run_recall_case
 from benchmarks.runners.routed_ffn import run_routed_ffn_case
+from benchmarks.runners.sparse_attention import run_attention_case
 from benchmarks.runners.streaming import run_decoding_case, run_streaming_case
 from benchmarks.runners.variance import run_variance_case
 from benchmarks.sentences import PackageMissing
@@ -66,10 +69,15 @@ RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, st
     DecodingCase: run_decoding_case,
     ConvolutionCase: run_convolution_case,
     RoutedFFNCase: run_routed_ffn_case,
+    AttentionCase: run_attention_case,
     GradNormsCase: run_grad_norms_case,
+    RecallCase: run_recall_case,
 }
 # Those that go on where they were: given a case and its results so far, they give each further one as it is there.
-RESUMED: dict[type[Case], Callable[..., Iterator[dict[str, Any]]]] = {QualityCase: further_runs}
+RESUMED: dict[type[Case], Callable[..., Iterator[dict[str, Any]]]] = {
+    QualityCase: quality.further_runs,
+    ContinuedCase: continued.further_runs,
+}
 
 
 def run_case(case: Case, options: argparse.Namespace, record: Record) -> dict[str, Any]:

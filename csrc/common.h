@@ -13,10 +13,14 @@
 #define MS_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
+// MS_INLINE_LAMBDA stands between the parameters and the body of a lambda that a MS_CLONES function calls: it would be
+// compiled for the baseline otherwise.
 #if defined(__GNUC__)
 #define MS_INLINE inline __attribute__((always_inline))
+#define MS_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define MS_INLINE inline
+#define MS_INLINE_LAMBDA
 #endif
 
 // MS_PREFETCH asks for the cache line of an address, which need not be valid. MS_NO_UNROLL stands before a short loop that

@@ -21,34 +21,40 @@ struct Threshold {
   int64_t passed_over;
 };
 
-MS_INLINE Threshold threshold(const uint8_t* sums, const Visible& seen, int64_t keep) {
-  int32_t counts[4][kLevels] = {};  // four, so that equal neighbours do not wait for each other
-  for (int64_t key = seen.first; key < seen.behind; ++key) {
-    counts[key & 3][sums[key - seen.first]] += seen(key);
+// The keys of a row without mask: the largest sum that enough keys reach, by halving.
+Threshold threshold_of_all(const uint8_t* sums, int64_t count, int64_t keep) {
+  int32_t sum = 0;
+  for (int32_t bit = kLevels / 2; bit > 0; bit /= 2) {
+    if (count_from(sums, count, sum + bit) >= keep) sum += bit;
   }
+  return {sum, count_from(sums, count, sum) - keep};
+}
+
+MS_INLINE Threshold threshold(const uint8_t* sums, const Visible& seen, int64_t keep) {
+  int64_t counts[kLevels] = {};
+  for (int64_t key = seen.first; key < seen.behind; ++key) counts[sums[key - seen.first]] += seen(key);
   int64_t taken = 0;
   for (int32_t sum = kLevels - 1; sum >= 0; --sum) {
-    const int64_t count = counts[0][sum] + counts[1][sum] + counts[2][sum] + counts[3][sum];
-    if (taken + count >= keep) return {sum, taken + count - keep};
-    taken += count;
+    if (taken + counts[sum] >= keep) return {sum, taken + counts[sum] - keep};
+    taken += counts[sum];
   }
   return {0, 0};
 }
 
-// Writes the keys; there must be room for one more.
 MS_INLINE int64_t take(const uint8_t* sums, const Visible& seen, Threshold from, int64_t keep, int32_t* out) {
   int64_t found = 0;
   for (int64_t key = seen.first; key < seen.behind && found < keep; ++key) {
+    if (!seen(key)) continue;
     const int32_t sum = sums[key - seen.first];
-    const bool equal = sum == from.sum && seen(key);
+    const bool equal = sum == from.sum;
     out[found] = static_cast<int32_t>(key);
-    found += (sum > from.sum && seen(key)) || (equal && from.passed_over <= 0);
+    found += sum > from.sum || (equal && from.passed_over <= 0);
     from.passed_over -= equal;
   }
   return found;
 }
 
-MS_CLONES void one_row(const Job& job, int64_t item, int64_t piece) {
+void one_row(const Job& job, int64_t item, int64_t piece) {
   const int64_t b = item / job.rows / job.heads, h = item / job.rows % job.heads, r = item % job.rows;
   const int64_t own = job.position + r;
   Visible seen{0, job.keys, job.mask.key_stride, job.mask.row(b, h, r)};
@@ -66,7 +72,13 @@ MS_CLONES void one_row(const Job& job, int64_t item, int64_t piece) {
     const int64_t rows = (job.subspaces + 1) / 2;
     sum_entries(job.table + item * job.subspaces * kCodewords, job.subspaces,
                 job.codes + (b * job.heads + h) * rows * job.keys, job.keys, seen.first, seen.behind - seen.first, sums);
-    found = take(sums, seen, threshold(sums, seen, job.keep), job.keep, out);
+    if (seen.mask != nullptr) {
+      found = take(sums, seen, threshold(sums, seen, job.keep), job.keep, out);
+    } else {
+      const int64_t count = seen.behind - seen.first;
+      const Threshold from = threshold_of_all(sums, count, job.keep);
+      found = take_from(sums, count, from.sum, from.passed_over, seen.first, job.keep, out);
+    }
   }
   std::fill(out + found, out + job.keep, -1);
 }

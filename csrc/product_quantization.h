@@ -57,11 +57,83 @@ __attribute__((target("avx2"))) inline void sum_entries_by_32(const uint8_t* tab
 }
 #endif
 
+// How many of n sums are at least `level`; and where those are, `limit` of them, from key `first` on: except for the first
+// `passed_over` of those that are equal to it.
+inline int64_t count_from_plainly(const uint8_t* sums, int64_t n, int32_t level) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += sums[i] >= level;
+  return count;
+}
+
+inline int64_t take_from_plainly(const uint8_t* sums, int64_t begin, int64_t n, int32_t level, int64_t passed_over,
+                                 int64_t first, int64_t limit, int32_t* out) {
+  int64_t found = 0;
+  for (int64_t i = begin; i < n && found < limit; ++i) {
+    const int64_t equal = sums[i] == level;
+    out[found] = static_cast<int32_t>(first + i);
+    found += (sums[i] > level) | (equal & (passed_over <= 0));
+    passed_over -= equal;
+  }
+  return found;
+}
+
+#if MS_LOOKUP_AVX2
+__attribute__((target("avx2,popcnt"))) inline int64_t count_from_by_32(const uint8_t* sums, int64_t n, int32_t level) {
+  const __m256i least = _mm256_set1_epi8(static_cast<char>(level));
+  int64_t count = 0, i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m256i here = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + i));
+    const __m256i at_least = _mm256_cmpeq_epi8(_mm256_max_epu8(here, least), here);
+    count += __builtin_popcount(static_cast<uint32_t>(_mm256_movemask_epi8(at_least)));
+  }
+  return count + count_from_plainly(sums + i, n - i, level);
+}
+
+__attribute__((target("avx2,bmi"))) inline int64_t take_from_by_32(const uint8_t* sums, int64_t n, int32_t level,
+                                                                   int64_t passed_over, int64_t first, int64_t limit,
+                                                                   int32_t* out) {
+  const __m256i least = _mm256_set1_epi8(static_cast<char>(level));
+  int64_t found = 0, i = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m256i here = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + i));
+    uint32_t equal = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(here, least)));
+    const __m256i at_least = _mm256_cmpeq_epi8(_mm256_max_epu8(here, least), here);
+    uint32_t taken = static_cast<uint32_t>(_mm256_movemask_epi8(at_least));
+    for (; equal != 0 && passed_over > 0; equal &= equal - 1, --passed_over) taken &= ~(equal & (~equal + 1));
+    for (; taken != 0; taken &= taken - 1) out[found++] = static_cast<int32_t>(first + i + __builtin_ctz(taken));
+  }
+  return found + take_from_plainly(sums, i, n, level, passed_over, first, limit - found, out + found);
+}
+#endif
+
+inline bool has_lookup() {
+#if MS_LOOKUP_AVX2
+  static const bool found = __builtin_cpu_supports("avx2");
+  return found;
+#else
+  return false;
+#endif
+}
+
+inline int64_t count_from(const uint8_t* sums, int64_t n, int32_t level) {
+#if MS_LOOKUP_AVX2
+  if (has_lookup()) return count_from_by_32(sums, n, level);
+#endif
+  return count_from_plainly(sums, n, level);
+}
+
+inline int64_t take_from(const uint8_t* sums, int64_t n, int32_t level, int64_t passed_over, int64_t first, int64_t limit,
+                         int32_t* out) {
+#if MS_LOOKUP_AVX2
+  if (has_lookup()) return take_from_by_32(sums, n, level, passed_over, first, limit, out);
+#endif
+  return take_from_plainly(sums, 0, n, level, passed_over, first, limit, out);
+}
+
 inline void sum_entries(const uint8_t* table, int64_t subspaces, const uint8_t* codes, int64_t keys, int64_t first,
                         int64_t count, uint8_t* sums) {
 #if MS_LOOKUP_AVX2
-  static const bool has_avx2 = __builtin_cpu_supports("avx2");
-  if (has_avx2) return sum_entries_by_32(table, subspaces, codes, keys, first, count, sums);
+  if (has_lookup()) return sum_entries_by_32(table, subspaces, codes, keys, first, count, sums);
 #endif
   sum_entries_plainly(table, subspaces, codes, keys, first, count, sums);
 }

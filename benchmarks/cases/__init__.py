@@ -14,6 +14,7 @@ from .kept import KEPT_CASES
 from .losses import LOSS_CASES
 from .ops import OP_CASES
 from .routed_ffn import ROUTED_FFN_CASES
+from .sparse_attention import ATTENTION_CASES
 from .streaming import DECODING_CASES, STREAMING_CASES
 from .training import TRAINING_CASES
 from .variance import VARIANCE_CASES
@@ -33,6 +34,7 @@ CASES: tuple[Case, ...] = (
     *COMPRESSION_CASES,
     *CONVOLUTION_CASES,
     *ROUTED_FFN_CASES,
+    *ATTENTION_CASES,
 )
 
 __all__ = ["CASES", "Case"]

@@ -28,7 +28,7 @@ _UNCOUNTED = {torch.ops.aten.addmm_: _added_product}
 
 
 class BlockStep:
-    """One way, ready to run forward and backward for x (N, d) and dy (N, d), with the very weights of the dense block."""
+    """One way, ready to run forward and backward for x (N, d) and dy (N, d), with the dense block's own weights."""
 
     def __init__(self, way: RoutedWay, dense: nn.Module, x: Tensor, dy: Tensor) -> None:
         self.way, self.x, self.dy = way, x.detach().requires_grad_(), dy

@@ -7,8 +7,9 @@ FlexAttention has its own beforehand.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import memsave
 from benchmarks.cases.sparse_attention import EAGER, FLEX, SDPA, AttentionCase
-from benchmarks.checks import CheckFailed, check_exact
+from benchmarks.checks import ERROR_BUDGET, CheckFailed
 from memsave import ops
 from memsave.nn.sparse_attention import codebooks
 from memsave.nn.sparse_attention.function import attend
@@ -28,6 +29,7 @@ from .timing import elapsed, in_turns, no_garbage_collection, summary
 
 FEATURES_OF_SUBSPACE, CODEWORDS = 8, 16
 SMALLEST_ROUNDS = 2
+SUMMED_EPS = 32.0  # the gradients of single keys are added to one after another, thousands of times
 # Of FlexAttention's kernels on a GPU: theirs are larger than a block, which they refuse.
 TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
@@ -36,8 +38,7 @@ def run_attention_case(case: AttentionCase, device: str, rounds: int) -> tuple[l
     """For each length and way: times `forward` and `backward`, `kept_bytes`, and `peak_bytes` beyond the inputs.
 
     None stands for what there is not. On a GPU, `peak_bytes` is what torch's allocator counts. `rounds` is how often
-    it was timed. `error` is that of output and gradients at the longest length that was checked, over the error of
-    dense attention to the same keys.
+    it was timed. `error` is the largest of output and gradients at the longest length that was checked, over the norm.
 
     Raises:
         CheckFailed: memsave computes something else than dense attention to the same keys, or than SDPA with all keys.
@@ -129,10 +130,13 @@ class Sparse(nn.Module):
 class Flex(nn.Module):
     """torch's FlexAttention, compiled, for given lists of blocks (1, kv, N, K). Its code is made for this one length.
 
-    `backward_too` becomes False where it runs without gradients only, and `why_not` then says why.
+    Args:
+        why_not: it runs without gradients only, for this reason.
     """
 
-    def __init__(self, lists: Tensor, heads: int, length: int, block_size: int, is_causal: bool) -> None:
+    def __init__(
+        self, lists: Tensor, heads: int, length: int, block_size: int, is_causal: bool, why_not: str = ""
+    ) -> None:
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
         super().__init__()
@@ -145,8 +149,8 @@ class Flex(nn.Module):
         self.blocks = BlockMask.from_kv_blocks(
             counts, places, BLOCK_SIZE=block_size, seq_lengths=(length, length), **see
         )
-        self.backward_too = True
-        self.why_not = ""
+        self.backward_too = not why_not
+        self.why_not = why_not
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         options = {"kernel_options": TILES} if query.is_cuda else {}
@@ -242,11 +246,12 @@ class Length:
         Raises whatever keeps it from running.
         """
         case, lists = self.case, self.lists(chooser)
-        way = Flex(lists, case.heads[0], self.length, case.block_size, case.is_causal)
+        made = partial(Flex, lists, case.heads[0], self.length, case.block_size, case.is_causal)
         try:
-            self.both(way)
+            self.both(way := made())
         except Exception as error:
-            way.backward_too, way.why_not = False, in_one_line(error)
+            # A new one: after an error torch runs the code uncompiled, which attends to other keys.
+            way = made(why_not=in_one_line(error))
             self.both(way)
         self.clear()
         if self.length <= case.checked_length:
@@ -303,7 +308,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def checked(case: AttentionCase, length: int, device: str) -> dict[str, float]:
-    """By way, the error beside that of dense attention to the same keys, both against fp64.
+    """By way, the largest error of output and gradients, over their norms.
 
     Raises:
         CheckFailed: it is too large, a query attends to too many keys, or all keys give something else than SDPA.
@@ -320,9 +325,28 @@ def checked(case: AttentionCase, length: int, device: str) -> dict[str, float]:
             raise CheckFailed(f"{name} at T = {length}: a query attends to {most} keys, allowed are {allowed}")
         dense = Eager(seen)
         compared = there.gradients(way), there.gradients(dense), exact.gradients(dense)
-        errors[name] = check_exact(f"{name} at T = {length}", *compared, set(), case.dtype)
-    truth, fused = exact.gradients(Fused(case.is_causal)), there.gradients(Fused(case.is_causal))
+        errors[name] = check_rounding(f"{name} at T = {length}", *compared)
+    dense = Eager(causal_mask(length, device)[None, None] if case.is_causal else None)
+    truth, plain = exact.gradients(Fused(case.is_causal)), there.gradients(dense)
     for granularity in dict.fromkeys(granularity for granularity, _ in case.ways.values()):
         found = there.gradients(there.sparse(codebook, granularity, 1.0))
-        check_exact(f"all keys, by {granularity}, at T = {length}", found, fused, truth, set(), case.dtype)
+        check_rounding(f"all keys, by {granularity}, at T = {length}", found, plain, truth)
     return errors
+
+
+def check_rounding(
+    where: str, found: Mapping[str, Tensor], plain: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> float:
+    """The largest error over the norm. It may be twice that of plain operators, and what long sums in float32 round.
+
+    Raises:
+        CheckFailed: one is larger.
+    """
+    largest = 0.0
+    for name, right in truth.items():
+        error, rounded = (float((each[name] - right).norm() / right.norm()) for each in (found, plain))
+        allowed = ERROR_BUDGET * rounded + SUMMED_EPS * torch.finfo(torch.float32).eps
+        if not error <= allowed:
+            raise CheckFailed(f"{where}: the error of its {name} is {error:.1e} of the norm, allowed is {allowed:.1e}")
+        largest = max(largest, error)
+    return largest

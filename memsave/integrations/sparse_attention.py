@@ -81,7 +81,9 @@ def _visibility(
         ordered = False
     shape = (query.shape[0], query.shape[1], rows, keys)
     seen = masks.visible(mask, shape, key.shape[1], type(module).__name__)
-    return Visibility(seen, bool(ordered) and rows > 1, window, keys - rows, local=bool(ordered) or rows == keys)
+    # Without a mask several queries stand beside the first keys, as torch reads `is_causal`; else beside the last ones.
+    position = 0 if mask is None and rows > 1 else keys - rows
+    return Visibility(seen, bool(ordered) and rows > 1, window, position, local=bool(ordered) or rows == keys)
 
 
 def _dense(
@@ -94,14 +96,10 @@ def _dense(
     **settings: Any,
 ) -> Tensor:
     """Attention to all keys, (B, T, h, D), by the function that shares masks between layers."""
-    rows, keys = query.shape[2], key.shape[2]
     causal = see.is_causal
-    if mask is not None and mask.dim() == 2 or see.window or (causal and rows != keys):
-        whole = partial(_whole_mask, see, query)
-        if mask is None:
-            mask = whole()
-        else:
-            mask = shared_mask(mask, (rows, keys, see.is_causal, see.window), whole).mask
+    if mask is not None and mask.dim() == 2:
+        settings_of_mask = query.shape[2], key.shape[2], see.is_causal, see.window
+        mask = shared_mask(mask, settings_of_mask, partial(_whole_mask, see, query)).mask
         causal = False
     y, _ = exact.attention_forward(module, query, key, value, mask, is_causal=causal, **settings)
     return y
@@ -134,7 +132,8 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask of a model's layers: None, padding (B, S), or transformers' own (B, 1, T, S) where that does not say it.
 
-    Padding is bool; in a sliding window int32, 0 for padding and the window's size plus 1 elsewhere.
+    Padding is bool; in a sliding window int32, 0 for padding and the window's size plus 1 elsewhere. It is given without
+    padding, too, where several queries stand beside the last keys: without a mask, torch lets them begin beside the first.
     """
     given = dict(
         batch_size=batch_size,
@@ -160,11 +159,9 @@ def attention_mask(
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].bool()
         padding = None if padding.all() else padding
-    if not window:
-        return padding
-    if padding is None:
+    if padding is None and (window or 1 < q_length < kv_length):
         padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-    return padding.to(torch.int32) * (window + 1)
+    return padding.to(torch.int32) * (window + 1) if window and padding is not None else padding
 
 
 def _is_window(mask_function: Any, given: dict[str, Any]) -> bool:

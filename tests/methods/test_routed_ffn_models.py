@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,17 @@ def test_pretrained_files(name: str, tmp_path: Path) -> None:
     memsave.restore_model(loaded, allow_lossy=True)
     assert all(torch.equal(p, plain[n]) for n, p in loaded.named_parameters())
     loaded.save_pretrained(tmp_path / "plain")
+
+
+def test_the_code_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "routed_ffn.md").read_text()
+    train, scale = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    batches = [{"input_ids": ids(), "labels": ids()}]
+    given: dict[str, Any] = {"model": model_of("Llama"), "batches": batches, "memsave": memsave, "torch": torch}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(train.partition("memsave.restore_model")[0], "routed_ffn.md", "exec"), given)
+    exec(compile(scale, "routed_ffn.md", "exec"), given)
+    block = given["model"].model.layers[0].mlp
+    assert block.balance.scale == 0.25 and (tmp_path / "routed" / "memsave.json").is_file()
+    memsave.restore_model(given["model"], allow_lossy=True)
+    assert not any(isinstance(module, RoutedFFN) for module in given["model"].modules())

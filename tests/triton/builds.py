@@ -332,7 +332,7 @@ def _usual_build(
 def selected_attention_builds() -> list[Build]:
     """Blocks with a mask and without, single keys; narrow to wide heads."""
     shapes = [("bf16", 64, 128, 128, False), ("fp16", 16, 64, 64, True), ("bf16", 64, 192, 256, True)]
-    shapes += [("fp16", 1, 80, 80, False), ("fp32", 64, 128, 128, True), ("fp32", 1, 256, 256, False)]
+    shapes += [("fp16", 1, 80, 80, False), ("fp32", 64, 128, 128, True), ("fp32", 1, 64, 64, False)]
     return [build for target in TARGETS for shape in shapes for build in _selected_builds(*shape, target)]
 
 
@@ -349,19 +349,18 @@ def _selected_builds(dtype: str, size: int, d: int, e: int, masked: bool, target
     if not masked:
         flags |= {"mask": None} | {name: 0 for name in forward.attention_kernel.arg_names if "stride_mask" in name}
     builds = []
-    for kernel, tile, rows in [
+    for kernel, choose, rows in [
         (forward.attention_kernel, forward.tile_of, 4 * size),
         (backward.query_kernel, backward.query_tile, 4 * size),
         (backward.key_kernel, backward.key_tile, size),
     ]:
-        of = tile(rows, max(block_d, block_e), torch_dtype, masked, TARGETS[target][0].warp_size)
-        constants = flags | dict(zip(("BLOCK_M", "BLOCK_N"), of[:2], strict=True))
-        name = f"{kernel.fn.__module__.split('.')[-2]}_{kernel.fn.__name__}_{dtype}_{size}_{d}x{e}"
-        builds.append(
-            _usual_build(
-                name, kernel, types, constants, dict(zip(("num_warps", "num_stages"), of[2:], strict=True)), target
-            )
+        block_m, block_n, warps, stages = choose(
+            rows, max(block_d, block_e), torch_dtype, masked, TARGETS[target][0].warp_size
         )
+        constants = flags | {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        options = {"num_warps": warps, "num_stages": stages}
+        name = f"selected_{kernel.fn.__name__}_{dtype}_{size}_{d}x{e}{'_masked' if masked else ''}"
+        builds.append(_usual_build(name, kernel, types, constants, options, target))
     return builds
 
 

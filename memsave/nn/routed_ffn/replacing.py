@@ -147,16 +147,11 @@ def layout_of(module: nn.Module, blocks: int, active: int, scaling: float = 1.0)
 
 
 def empty_routed_ffn(
-    module: nn.Module,
-    blocks: int,
-    active: int,
-    balance_loss: float,
-    lora_rank: int,
-    lora_alpha: float,
-    *,
-    permuted: bool,
+    module: nn.Module, blocks: int, active: int, balance: float, lora_rank: int, lora_alpha: float, *, permuted: bool
 ) -> RoutedFFN:
     """A `RoutedFFN` in the place of `module`: its weights where they need not be moved, its flags and hooks.
+
+    Args: see `RoutedFFNConfig`; `balance` is the balance loss, `permuted` says whether units are moved.
 
     If `permuted`, the weights, the order of the units and the router have no values yet, nor have low-rank factors.
     """
@@ -167,27 +162,32 @@ def empty_routed_ffn(
     weight: Tensor = down.weight  # type: ignore[assignment]
     sizes = Sizes(in_features(first), in_features(down), out_features(down))
     router = Router(sizes.features, blocks, device=weight.device, dtype=weight.dtype)
-    made = RoutedFFN(layout, sizes, router, balance_loss, dropout=graph.dropout, trailing=graph.trailing)
+    made = RoutedFFN(layout, sizes, router, balance, dropout=graph.dropout, trailing=graph.trailing)
     for role, linear in linears.items():
         for part, parameter in linear._parameters.items():
             if parameter is not None:
                 made.register_parameter(f"{role}_{part}", _placed(parameter, permuted=permuted, frozen=lora_rank > 0))
         if lora_rank:
-            sizes_of_factors = {"a": (lora_rank, in_features(linear)), "b": (out_features(linear), lora_rank)}
-            for factor, shape in sizes_of_factors.items():
-                made.register_parameter(f"{role}_lora_{factor}", nn.Parameter(weight.new_empty(shape)))
+            factors = {"lora_a": (lora_rank, in_features(linear)), "lora_b": (out_features(linear), lora_rank)}
+            for factor, shape in factors.items():
+                made.register_parameter(f"{role}_{factor}", nn.Parameter(weight.new_empty(shape)))
     if permuted:
         made.unit_order = torch.empty(sizes.units, dtype=torch.int32, device=weight.device)
     for name in filter(None, (graph.dropout, graph.trailing)):
         made.others.add_module(name, module.get_submodule(name))
-    named = {name: role for role, name in roles(graph).items()}
-    children = {
-        name: (None if child is None or name in made.others._modules else _Plain.of(child), named.get(name))
-        for name, child in module._modules.items()
-    }
-    made.__dict__["_dense"] = Dense(_Plain.of(module), children)
+    made.__dict__["_dense"] = _described(module, graph)
     made.__dict__.update({name: module.__dict__[name] for name in _HOOKS})
     return made
+
+
+def _described(module: nn.Module, graph: MLPGraph) -> Dense:
+    named = {name: role for role, name in roles(graph).items()}
+    stays = (graph.dropout, graph.trailing)
+    children = {
+        name: (None if child is None or name in stays else _Plain.of(child), named.get(name))
+        for name, child in module._modules.items()
+    }
+    return Dense(_Plain.of(module), children)
 
 
 def _placed(parameter: nn.Parameter, *, permuted: bool, frozen: bool) -> nn.Parameter:

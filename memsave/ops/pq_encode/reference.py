@@ -12,25 +12,27 @@ from torch import Tensor
 def pq_encode(x: Tensor, codebook: Tensor) -> Tensor:
     subspaces, features = codebook.shape[1], codebook.shape[3]
     out = x.new_zeros((*x.shape[:2], (subspaces + 1) // 2, x.shape[2]), dtype=torch.uint8)
+    codebook = codebook.contiguous()
+    halves = codebook.square().sum(-1).mul_(0.5)  # (H, M, C)
     with torch.autocast(x.device.type, enabled=False):
         for m in range(subspaces):
-            part = x[..., m * features : (m + 1) * features].float()  # (B, H, S, d)
-            out[:, :, m // 2] += _codes(part, codebook[:, m]) << 4 * (m % 2)
+            part = x[..., m * features : (m + 1) * features]  # (B, H, S, d)
+            out[:, :, m // 2].add_(_codes(part, codebook[:, m], halves[:, m]), alpha=16 if m % 2 else 1)
     return out
 
 
-def _codes(part: Tensor, codewords: Tensor) -> Tensor:
-    """(B, H, S, d), (H, C, d) -> (B, H, S) uint8."""
+def _codes(part: Tensor, codewords: Tensor, halves: Tensor) -> Tensor:
+    """(B, H, S, d), (H, C, d), (H, C) -> (B, H, S) uint8."""
+    batch, heads, keys, features = part.shape
+    rows = part.new_empty((heads, batch, keys, features), dtype=torch.float32).copy_(part.transpose(0, 1))
     # |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2), and |x| is the same for all codewords.
-    scores = part @ codewords.mT - codewords.square().sum(-1)[:, None] / 2  # (B, H, S, C)
-    return scores.argmax(-1).to(torch.uint8)
+    scores = torch.baddbmm(halves[:, None], rows.flatten(1, 2), codewords.mT, beta=-1)  # (H, B S, C)
+    return scores.argmax(-1).to(torch.uint8).view(heads, batch, keys).transpose(0, 1)
 
 
 def workspace_bytes(x: Tensor, codebook: Tensor) -> int:
-    """A subspace in float32, its scores twice, and codes as int64 and uint8."""
-    rows = x.shape[0] * x.shape[1] * x.shape[2]
-    if not rows:
-        return 0
-    part = 4 * rows * codebook.shape[3] if x.dtype != torch.float32 else 0
-    norms = 4 * codebook.shape[0] * codebook.shape[2] * (codebook.shape[3] + 1)
-    return part + norms + max(8 * rows * codebook.shape[2], rows * (4 * codebook.shape[2] + 8 + 2))
+    """Half the squared lengths of the codewords, and of one subspace keys in float32, scores, and codes as int64."""
+    rows, (heads, subspaces, codewords, features) = x.shape[0] * x.shape[1] * x.shape[2], codebook.shape
+    copied = 0 if codebook.is_contiguous() else 4 * codebook.numel()
+    halves = 4 * heads * subspaces * codewords
+    return copied + halves + max(4 * codebook.numel(), rows * (4 * features + 4 * codewords + 8 + 1))

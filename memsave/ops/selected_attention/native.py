@@ -16,6 +16,7 @@ from .blocks import statistics_dtype
 
 MAX_HEAD_SIZE = 256  # kMaxHead in csrc/selected_keys.h
 PIECES = 16  # of the rows, each with scratch memory of its own
+TILE_ROWS = 16  # kTileRows in csrc/selected_attention.cpp
 
 _kernel = function(
     "ms_selected_attention",
@@ -45,10 +46,11 @@ def launch(
     wide = statistics_dtype(query)
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     logsumexp = query.new_empty(query.shape[:3], dtype=wide)
-    scratch = query.new_empty(_scratch_elements(query, key, indices), dtype=wide)
+    scratch = query.new_empty(_scratch_elements(query, key, value, indices), dtype=wide)
+    counts = numbers(*sizes(query, key, value, indices), key.shape[2])
     _kernel(
         *(query.data_ptr(), key.data_ptr(), value.data_ptr(), numbers(*row_strides(query, key, value))),
-        *(DTYPE_CODES[query.dtype], indices.data_ptr(), numbers(*sizes(query, key, value, indices)), scale),
+        *(DTYPE_CODES[query.dtype], indices.data_ptr(), counts, scale),
         *(PIECES, scratch.data_ptr(), output.data_ptr(), logsumexp.data_ptr()),
     )
     return output, logsumexp
@@ -89,9 +91,10 @@ def sizes(query: Tensor, key: Tensor, value: Tensor, indices: Tensor) -> tuple[i
     return query.shape[0], groups, heads // groups, rows, features, value.shape[3], indices.shape[3]
 
 
-def _scratch_elements(query: Tensor, key: Tensor, indices: Tensor) -> int:
-    items = key.shape[0] * key.shape[1] * query.shape[2]
-    return min(PIECES, items) * (query.shape[1] // key.shape[1]) * indices.shape[3]
+def _scratch_elements(query: Tensor, key: Tensor, value: Tensor, indices: Tensor) -> int:
+    tiles = key.shape[0] * key.shape[1] * -(-query.shape[2] // TILE_ROWS)
+    group = query.shape[1] // key.shape[1]
+    return min(PIECES, tiles) * TILE_ROWS * group * (indices.shape[3] + value.shape[3])
 
 
 def workspace_bytes(
@@ -106,11 +109,11 @@ def workspace_bytes(
     block_size: int,
     scale: float,
 ) -> int:
-    """The scores of one row for each piece."""
+    """The scores and sums of some rows for each piece."""
     if not serves(query, value, block_size):
         return reference.workspace_bytes(
             query, key, value, indices, mask, is_causal, window, position, block_size, scale
         )
     lists = 0 if indices.is_contiguous() else 4 * indices.numel()
-    scratch = statistics_dtype(query).itemsize * _scratch_elements(query, key, indices)
+    scratch = statistics_dtype(query).itemsize * _scratch_elements(query, key, value, indices)
     return copied_bytes(query, key, value) + lists + scratch

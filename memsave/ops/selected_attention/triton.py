@@ -5,7 +5,7 @@ sizes D and E. All G * SIZE query rows of a block have the same keys: rows are n
 query, and a program takes BLOCK_M of them. A tile of keys may come from several blocks, or from a part of one, so every
 block size is served, single keys included. Products take the dtype of the query and are accumulated in float32.
 
-float64 and heads of more than 256 features have no kernel: plain PyTorch serves them.
+float64 and heads of more than 256 features (128 in float32) have no kernel: plain PyTorch serves them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -170,11 +170,12 @@ def tile_of(
     """(BLOCK_M, BLOCK_N, warps, stages) for so many rows of a query block, and padded heads of `widest` features."""
     if dtype.itemsize == 4:
         return min(power_of_2(rows), 32), 32, 4, 1
-    block_m = min(power_of_2(rows), 128 if widest <= 128 else 64)
+    narrow = masked or widest > 128  # addresses of a mask take registers, too: tests/triton/test_aot.py
+    block_m = min(power_of_2(rows), 64 if narrow or warp_threads == 64 else 128)
     if warp_threads == 64:
-        return min(block_m, 64), 64 if widest <= 64 else 32, 4, 1
-    if widest > 128:
-        return block_m, 32, 8, 2
+        return block_m, 32, 4, 1
+    if narrow:
+        return block_m, 32, 8 if widest > 128 else 4, 2
     return block_m, 64, 8 if block_m > 64 else 4, 3  # indices are loaded in one step, keys in the next
 
 

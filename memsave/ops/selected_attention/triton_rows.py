@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_FEATURES = 256
+MAX_FEATURES = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 WARP_THREADS = 64 if torch.version.hip else 32
 LOG2_E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(float("-inf"))
@@ -85,7 +84,7 @@ def products(
 
 def has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     """float64 and wide heads have none."""
-    return query.dtype in KERNEL_DTYPES and max(query.shape[3], value.shape[3]) <= MAX_FEATURES
+    return max(query.shape[3], value.shape[3]) <= MAX_FEATURES.get(query.dtype, -1)
 
 
 def power_of_2(n: int) -> int:

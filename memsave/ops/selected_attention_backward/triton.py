@@ -330,12 +330,13 @@ def key_tile(
     keys: int, widest: int, dtype: torch.dtype, masked: bool, warp_threads: int = WARP_THREADS
 ) -> tuple[int, int, int, int]:
     """The same of `key_kernel` for so many keys of a block: BLOCK_N of them stay on chip."""
-    block_n = min(power_of_2(keys), 32 if masked or widest > 128 or warp_threads == 64 else 64)
+    narrow = masked or widest > 128 or warp_threads == 64 or dtype.itemsize == 4
+    block_n = min(power_of_2(keys), 32 if narrow else 64)
     if dtype.itemsize == 4:
-        return 16, min(block_n, 32 if widest <= 128 else 16), 4 if widest <= 128 else 8, 1
+        return 16, block_n, 4, 1
     if warp_threads == 64:
         return 32 if widest <= 128 else 16, block_n, 4, 1
-    block_m = 64 if block_n == 16 or (widest <= 64 and not masked) else 32
+    block_m = 64 if widest <= (128 if block_n == 16 else 64) and not masked else 32
     return block_m, block_n, 4 if block_n == 16 or (widest <= 64 and masked) else 8, 2
 
 

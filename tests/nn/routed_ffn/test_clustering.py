@@ -100,6 +100,19 @@ def test_a_fitted_router_predicts_shares_where_inputs_are_far_from_zero() -> Non
     assert 0.005 < (p.log() - p.log().mean(1, keepdim=True)).square().mean().sqrt() < 0.05
 
 
+def test_fitted_scores_are_small_because_larger_ones_only_distort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """c = G p near 1 keeps what is active as it was; the choice of the blocks is the same at every scale."""
+    block = Planted()
+    batches, x = [block.inputs(500, s) for s in range(3)], block.inputs(1000, 9)
+    errors, loads = [], []
+    for scale in (0.02, 0.5):
+        monkeypatch.setattr(fitting, "SCORE_SCALE", scale)
+        made = routed(copy.deepcopy(block), batches, active=2, clustering="coactivation")
+        errors.append(relative_error(made, block, x))
+        loads.append(made.load)
+    assert torch.equal(*loads) and errors[0] < 0.2 * errors[1], errors
+
+
 def test_a_router_is_fitted_to_blocks_that_serve_unequally() -> None:
     """Its bias knows what is active on average, whatever the input."""
     block = Planted()

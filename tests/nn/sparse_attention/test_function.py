@@ -1,4 +1,4 @@
-"""Attention to chosen keys: all of them is torch's attention; some of them is dense attention under the mask of the choice."""
+"""Attention to chosen keys: all of them is torch's attention; some of them is dense attention under a mask."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_all_keys_is_torchs_attention(granularity: str, groups: int, is_causal: 
 @pytest.mark.parametrize("keep", [1.0, 3])
 def test_gradcheck(granularity: str, keep: float | int) -> None:
     """The choice does not change under the small steps that it takes."""
-    case = Case(19, 19, batch=1, features=4, values=3, is_causal=True)
+    case = Case(19, 19, batch=1, heads=2, groups=1, features=2, values=3, is_causal=True)
     *tensors, _ = inputs(case)
     words = codebook(case)
     assert torch.autograd.gradcheck(lambda *t: attend(*t, words, choice(granularity, keep), sight(case)), tensors)
@@ -67,9 +67,7 @@ def test_gradcheck(granularity: str, keep: float | int) -> None:
 @by_granularity
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("chunk_bytes", [1, 2**30])
-def test_chosen_keys_as_a_mask(
-    granularity: str, name: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chosen_keys_as_a_mask(granularity: str, name: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and gradients, for all queries at once and for a block of them at a time."""
     monkeypatch.setattr(selecting, "CHUNK_BYTES", chunk_bytes)
     case, how = CASES[name], choice(granularity)
@@ -150,7 +148,10 @@ def test_large_scores_stay_finite(granularity: str, dtype: torch.dtype) -> None:
 def changed_after(tensors: list[Tensor], token: int, case: Case) -> list[Tensor]:
     """Other queries, keys and values behind a token."""
     others = [4 * t for t in inputs(case, tensors[0].dtype, seed=11)[:3]]
-    return [torch.cat((t[:, :, : token + 1], o[:, :, token + 1 :]), 2).detach() for t, o in zip(tensors, others, strict=True)]
+    return [
+        torch.cat((t[:, :, : token + 1], o[:, :, token + 1 :]), 2).detach()
+        for t, o in zip(tensors, others, strict=True)
+    ]
 
 
 @by_granularity
@@ -261,13 +262,13 @@ def test_all_implementations_of_the_ops_agree(granularity: str) -> None:
 
 
 def test_chunks_bound_what_backward_takes() -> None:
-    """The lists of all queries are never there at once: 8 times the queries, not 8 times the memory beside the tensors."""
+    """The lists of all queries are never there at once: 8 times the queries, not 8 times the memory for lists."""
     extra = []
+    how, see = Choice(128, "token", SIZE), Visibility(None, False, 0, 0, False)
     for rows in (2048, 16384):
         case = Case(rows, 256, batch=1, heads=2, groups=2, features=16, values=16)
         *tensors, upstream = inputs(case, torch.float32)
-        words, how = codebook(case), Choice(128, "token", SIZE)
-        see = Visibility(None, False, 0, 0, False)
+        words = codebook(case)
 
         def step(t: list[Tensor] = tensors, u: Tensor = upstream, w: Tensor = words) -> None:
             torch.autograd.backward(attend(*t, w, how, see), u)

@@ -1,6 +1,7 @@
 """Inputs of attention, choices, and attention to given lists of keys by dense matrices: what the tests compare with.
 
-B sequences, h query and kv key/value heads, T queries, S keys, head sizes D and E; lists (B, kv, N, K) as in `selecting.choose`.
+B sequences, h query and kv key/value heads, T queries, S keys, head sizes D and E; lists (B, kv, N, K) as in
+`selecting.choose`.
 """
 
 from __future__ import annotations
