@@ -264,6 +264,9 @@ def test_compiled_models_compute_the_same(kind: str) -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH).double(), made)
     compiled = torch.compile(model, backend="aot_eager")
     assert_same(gradients(compiled, model, tokens()), gradients(model, model, tokens()))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(tokens())
 
 
 def test_tracers_and_transforms_get_plain_operators() -> None:
@@ -273,6 +276,9 @@ def test_tracers_and_transforms_get_plain_operators() -> None:
     other = tokens(2, 9, seed=8).detach()
     assert torch.allclose(traced(other), made(other))
     assert torch.allclose(torch.func.vmap(made)(x), made(x))
+    exported = torch.export.export(made, (x,)).module()
+    other = tokens(*x.shape[:-1], seed=8).detach()
+    assert torch.allclose(exported(other), made(other))
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
