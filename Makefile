@@ -30,7 +30,7 @@ bench: $(VENV)/.installed-bench $(VENV)/.installed-encoder ## measure every case
 	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu $(ARGS)
 	$(BIN)/python -m benchmarks.tables
 
-quality: $(VENV)/.installed-bench ## losses and variances of sampled training, an hour; goes on where it was stopped
+quality: $(VENV)/.installed-bench ## losses and variances of training, an hour and a half; goes on where it was stopped
 	$(BIN)/python -m benchmarks.run --suite quality --out benchmarks/results/cpu $(ARGS)
 	$(BIN)/python -m benchmarks.tables
 

@@ -27,8 +27,9 @@ IMAGES = ROOT / "docs" / "img"
 DIGEST = "Digest"  # the key in the picture's metadata
 MEMORY, TIME, OP = "#4c72b0", "#dd8452", "#55a868"
 INCHES_PER_BAR = 0.26
-LINES = ("black", "#0072B2", "#E69F00", "#CC79A7")  # colour-blind readers can tell them apart
-MARKERS = ("o", "s", "^", "D")  # one for each of LINES
+# Colour-blind readers can tell them apart.
+LINES = ("black", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")  # one for each of LINES
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:
         convolutions = [data for data in found if data["case"]["kind"] == "convolution"]
         if convolutions:
             plots.append(Plot(images / f"{folder.name}-patch_conv.png", convolutions, draw_convolutions))
+        attentions = [data for data in found if data["case"]["kind"] == "sparse_attention"]
+        if attentions:
+            plots.append(Plot(images / f"{folder.name}-sparse_mha.png", attentions, draw_attention))
         trained = [data for data in found if data["case"]["kind"] == "quality"]
         plots += [Plot(images / f"{folder.name}-{data['case']['name']}.png", [data], draw_quality) for data in trained]
         smaller = [data for data in found if data["case"]["kind"] == "compression"]
@@ -135,6 +139,34 @@ def draw_convolutions(shown: Sequence[dict[str, Any]]) -> Figure:
         axes.set_visible(False)
     figure.suptitle(f"relative to the whole model; less is better\n{device_in_words(shown[0])}", fontsize=9)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    return figure
+
+
+def draw_attention(shown: Sequence[dict[str, Any]]) -> Figure:
+    """A panel for each kind of attention: times of forward and backward by length, or of forward where it is all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(shown), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, data in zip(panels, shown, strict=True):
+        ways: dict[str, list[dict[str, Any]]] = {}
+        for row in data["results"]:
+            ways.setdefault(row["way"], []).append(row)
+        for (way, rows), color, marker in zip(ways.items(), LINES, MARKERS, strict=False):
+            parts = [part for part in ("forward", "backward") if rows[0][part]]
+            points = [row["size"]["T"] for row in rows], [sum(row[p]["median_s"] for p in parts) for row in rows]
+            label = way if len(parts) > 1 else f"{way}, forward alone"
+            line = "-" if len(parts) > 1 else ":"
+            axes.plot(*points, line, color=color, marker=marker, markersize=4, linewidth=1.3, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("tokens")
+        axes.set_title(data["case"]["title"].partition(";")[0].replace(", ", "\n", 1), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("seconds, forward and backward")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(device_in_words(shown[0]), fontsize=9)
     return figure
 
 

@@ -14,6 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import result_files
+from benchmarks.attention_tables import (
+    amount_in_words,
+    attention_aim_in_words,
+    attention_rows,
+    continued_rows,
+    recall_rows,
+)
 from benchmarks.formats import by_size, in_bytes, in_words, mebibytes, seconds, spread
 from benchmarks.result_files import RESULTS, ResultError
 
@@ -51,7 +58,10 @@ def footnote(data: dict[str, Any]) -> str:
         setting += f"{batch} x {length} tokens{f', d = {width[0]}' if width else ''}. "
     if "text" in case:
         setting += f"{training_in_words(data)}. "
-    aim = f" {aim_in_words(data)}" if case.get("aim") and case["aim"]["device"] == device_type(data) else ""
+    aim = ""
+    if case.get("aim") and case["aim"]["device"] == device_type(data):
+        words = attention_aim_in_words if case["kind"] == "sparse_attention" else aim_in_words
+        aim = f" {words(data)}"
     return f"{setting}{device_in_words(data)}, torch {made['versions']['torch']}, {made['date']}.{aim}"
 
 
@@ -145,6 +155,8 @@ def training_in_words(data: dict[str, Any]) -> str:
     case = data["case"]
     if case["kind"] == "quality":
         count = f"{len({run['seed'] for run in data['results']})} seeds, {case['steps']} steps"
+    elif case["kind"] in ("continued", "recall"):
+        count = amount_in_words(data)
     else:
         count = f"{case['batches']} batches"
     amount = f"{count} of {case['batch']} x {case['length']} bytes"
@@ -311,6 +323,9 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "compression": compression_rows,
     "quality": quality_rows,
     "grad_norms": grad_norms_rows,
+    "sparse_attention": attention_rows,
+    "recall": recall_rows,
+    "continued": continued_rows,
 }
 
 

@@ -81,7 +81,6 @@ _PLACES = {
         "RecomputeNormConfig",
         "RoutedFFNConfig",
         "ShareMaskConfig",
-    "SparseMHAConfig",
         "SparseMHAConfig",
         "WTACRSConfig",
     ),

@@ -56,6 +56,7 @@ from .op_inputs import (
     written_norm,
     written_product,
 )
+from .selection import SELECTION_CASES
 
 FP32, BF16 = torch.float32, torch.bfloat16
 _n, _nd, _ndo = sizes("N"), sizes("N", "D", "dtype"), sizes("N", "D", "O", "dtype")
@@ -332,4 +333,5 @@ OP_CASES: tuple[OpCase, ...] = (
         inputs=lambda device: {"like": torch.empty(1, device=device)},
         sizes={"cpu": ({},), "cuda": ({},)},
     ),
+    *SELECTION_CASES,
 )

@@ -79,7 +79,7 @@ class RecallCase(DemoCase):
     keeps: tuple[float, ...] = (0.125, 0.25)
     block_sizes: tuple[int, ...] = (16, 32, 64)
     calibration: int = 4
-    evaluated: int = 2
+    evaluated: int = 1
     method: str | None = "sparse_mha"
 
     def describe(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class ContinuedCase(DemoCase):
 
     seeds: int = 2
     steps: int = 200
-    further_steps: int = 75
+    further_steps: int = 60
     further_lr: float = 5e-4
     steps_per_point: int = 5
     length: int = 1024
@@ -208,6 +208,6 @@ CONTINUED_CASE = ContinuedCase(
             target_modules=r".*mlp", blocks=4, active=2, clustering="coactivation"
         ),
     },
-    expected_s=1500,
+    expected_s=1400,
     tiny={"size": "tiny", "seeds": 1, "steps": 4, "further_steps": 4, "batch": 2, "length": 128, "calibration": 1},
 )

@@ -34,8 +34,11 @@ def further_runs(case: ContinuedCase, done: Sequence[dict[str, Any]]) -> Iterato
 
 
 def trained(case: ContinuedCase, variants: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
-    """For each variant: `converted_loss` on validation text before any further step, and `validation_loss` after all; None
-    for a loss of a method that learns what it needs in training. `step_s`, `kept_bytes` and `peak_bytes` of a step."""
+    """For each variant: losses on validation text, and `step_s`, `kept_bytes` and `peak_bytes` of a step.
+
+    `converted_loss` is that before any further step, or None where a method learns in training what it needs;
+    `validation_loss` that after all of them.
+    """
     train_text, text = demo.train_text(), demo.text(case.text)
     shape = (case.batch, case.length)
     batches = train_text.make_batches(text.train, case.steps + case.further_steps, *shape, seed)

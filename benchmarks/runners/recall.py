@@ -1,13 +1,12 @@
 """Measures which share of the attention chosen keys hold, in the demo's model after some training.
 
-Shapes: B sequences of T bytes, h heads of D features; N blocks of tokens. Masks of chosen keys are bool (B, h, T, T), the
-attention is (B, h, T, T).
+Shapes: B sequences of T bytes, h heads of D features, N blocks of tokens. Attention is (B, h, T, T), and so are masks
+of chosen keys.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
@@ -37,8 +36,10 @@ Choose = Callable[[Choice], Tensor]
 
 
 def run_recall_case(case: RecallCase, device: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """For each way, number of tokens that are chosen together (`size`) and share `keep` of the keys: `keys`, how many a query
-    has at most, and `layers`, for each the mean share of the attention. `rounds` has no use here: nothing is timed.
+    """For each way, tokens that are chosen together (`size`) and share of the keys (`keep`): the attention found.
+
+    It is the mean share in each of the `layers`; `keys` is how many a query has at most. `rounds` has no use here:
+    nothing is timed.
 
     Raises:
         CheckFailed: a way chooses too many keys, or finds more than the best choice does.
@@ -104,7 +105,7 @@ def fitted_codebooks(model: nn.Module, calibration: list[Tensor]) -> list[Tensor
     """By layer, the codebook (h, M, C, d) that converting fits."""
     converted = deepcopy(model)
     memsave.convert_model(converted, memsave.SparseMHAConfig(target_modules=r".*self_attn"), calibration=calibration)
-    return [module.codebook for name, module in converted.named_modules() if name.endswith("self_attn")]  # type: ignore[misc]
+    return [module.codebook for name, module in converted.named_modules() if name.endswith("self_attn")]
 
 
 def shared(query: Tensor, key: Tensor) -> Tensor:
@@ -145,9 +146,7 @@ class Layer:
         chosen = self.ways(choice)[way](choice)
         most, allowed = int(chosen.sum(-1).max()), choice.num_keys(self.length)
         if most > allowed or (chosen & ~self.causal).any():
-            raise CheckFailed(
-                f"{way}, {choice}: {most} keys of a query, {allowed} are allowed, and none that come after it"
-            )
+            raise CheckFailed(f"{way}, {choice}: a query has {most} keys, {allowed} are allowed, or has some after it")
         return float((self.attention * chosen).sum(-1)[:, :, self.length // 4 :].mean())
 
     def ours(self, choice: Choice) -> Tensor:
@@ -167,7 +166,9 @@ class Layer:
     def equal_codes(self, choice: Choice) -> Tensor:
         """Keys by how many subspaces have the same codeword for query and key; of equal ones, the most recent."""
         queries, keys = (codes_of(t, self.shared) for t in (self.query, self.key))  # (B, h, M, T)
-        count = sum((queries[:, :, m, :, None] == keys[:, :, m, None, :]).float() for m in range(queries.shape[2]))
+        count = torch.zeros_like(self.products)
+        for m in range(queries.shape[2]):
+            count += queries[:, :, m, :, None] == keys[:, :, m, None, :]
         return self.largest(count + self.places() / self.length, choice)
 
     def places(self) -> Tensor:
@@ -193,7 +194,7 @@ class Layer:
         return self.blocks(queries @ keys.mT, choice)
 
     def blocks(self, scores: Tensor, choice: Choice) -> Tensor:
-        """The first block, the queries' own, and of the others the visible ones with the largest scores (B, h, N, N)."""
+        """The first block, the queries' own, and others before with the largest scores (B, h, N, N)."""
         count = scores.shape[-1]
         own = torch.arange(count)
         scores = scores.masked_fill(~causal_mask(count, scores.device), float("-inf"))
@@ -207,7 +208,3 @@ def codes_of(x: Tensor, codebook: Tensor) -> Tensor:
     """x (B, h, T, D) -> the numbers of its codewords, (B, h, M, T)."""
     packed = ops.pq_encode(x, codebook)
     return torch.stack((packed & 15, packed >> 4), dim=3).flatten(2, 3)[:, :, : codebook.shape[1]]
-
-
-def mean(row: dict[str, Any]) -> float:
-    return statistics.fmean(row["layers"])

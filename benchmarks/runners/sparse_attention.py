@@ -82,6 +82,7 @@ class Eager(nn.Module):
     """Attention as it is written with matrix products, to all keys or those of `seen` (1, kv, T, T)."""
 
     backward_too = True
+    seen: Tensor | None
 
     def __init__(self, seen: Tensor | None) -> None:
         super().__init__()
@@ -116,6 +117,7 @@ class Sparse(nn.Module):
     """memsave's."""
 
     backward_too = True
+    codebook: Tensor
 
     def __init__(self, codebook: Tensor, choice: Choice, is_causal: bool) -> None:
         super().__init__()
@@ -145,7 +147,7 @@ class Flex(nn.Module):
         counts = (lists >= 0).sum(-1, dtype=torch.int32)
         places = F.pad(lists.clamp(min=0), (0, -(-length // block_size) - lists.shape[3]))
         counts, places = (t.repeat_interleave(heads // lists.shape[1], 1) for t in (counts, places))
-        see = {"mask_mod": lambda b, h, t, s: t >= s} if is_causal else {}
+        see: dict[str, Any] = {"mask_mod": lambda b, h, t, s: t >= s} if is_causal else {}
         self.blocks = BlockMask.from_kv_blocks(
             counts, places, BLOCK_SIZE=block_size, seq_lengths=(length, length), **see
         )
@@ -153,10 +155,10 @@ class Flex(nn.Module):
         self.why_not = why_not
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        options = {"kernel_options": TILES} if query.is_cuda else {}
-        grouped = query.shape[1] != key.shape[1]
-        inputs = (query, key, value) if self.backward_too else (t.detach() for t in (query, key, value))
-        output: Tensor = self.compiled(*inputs, block_mask=self.blocks, enable_gqa=grouped, **options)
+        settings: dict[str, Any] = {"block_mask": self.blocks, "enable_gqa": query.shape[1] != key.shape[1]}
+        settings |= {"kernel_options": TILES} if query.is_cuda else {}
+        inputs = (query, key, value) if self.backward_too else (query.detach(), key.detach(), value.detach())
+        output: Tensor = self.compiled(*inputs, **settings)
         return output
 
 

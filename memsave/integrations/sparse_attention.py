@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from ..nn.attention import shared_mask
+from ..nn.attention import additive_mask, dtype_of_attention, shared_mask
+from ..nn.eager import plain
 from ..nn.sparse_attention import masks
 from ..nn.sparse_attention.selecting import Visibility
 from ..nn.sparse_attention.state import attention, state_of
@@ -34,6 +35,8 @@ from .attention import SPARSE, SPARSE_SHARED
 
 _UNKNOWN = ("position_bias", "s_aux", "cache", "block_table")
 """Arguments of attention functions that change the scores, or say where keys are, beyond a mask."""
+_OTHER_STATES = {"key_value_states", "encoder_hidden_states", "cross_attention_states"}
+"""Arguments of modules that can attend to something else than their own tokens."""
 _STANDS_FOR = {"sdpa": SPARSE, exact.NAME: SPARSE_SHARED}
 _CONFIG = "_memsave_config"
 
@@ -73,17 +76,31 @@ def _visibility(
 ) -> Visibility:
     """What the queries see, as in transformers: a mask of T x S says it all; one of S leaves out the order."""
     rows, keys = query.shape[2], key.shape[2]
-    ordered = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    ordered = causal and (mask is None or mask.dim() == 2)
+    local = ordered or (rows == keys and (causal or _attends_to_itself(module)))
     window = 0
     if mask is not None and mask.dim() == 2 and mask.dtype == torch.int32:
         window = int(mask.max()) - 1
-    if mask is not None and mask.dim() != 2:
-        ordered = False
     shape = (query.shape[0], query.shape[1], rows, keys)
     seen = masks.visible(mask, shape, key.shape[1], type(module).__name__)
     # Without a mask several queries stand beside the first keys, as torch reads `is_causal`; else beside the last ones.
     position = 0 if mask is None and rows > 1 else keys - rows
-    return Visibility(seen, bool(ordered) and rows > 1, window, position, local=bool(ordered) or rows == keys)
+    return Visibility(seen, ordered and rows > 1, window, position, local)
+
+
+def _attends_to_itself(module: nn.Module) -> bool:
+    """Whether the keys are surely those of the queries' own tokens, from what the module says of itself."""
+    said = [getattr(module, name, None) for name in ("is_decoder", "is_cross_attention")]
+    if True in said or "Cross" in type(module).__name__:
+        return False
+    cls: Any = type(module)
+    return False in said or not _takes_other_states(cls)
+
+
+@cache
+def _takes_other_states(cls: Any) -> bool:
+    return not _OTHER_STATES.isdisjoint(inspect.signature(cls.forward).parameters)
 
 
 def _dense(
@@ -96,12 +113,19 @@ def _dense(
     **settings: Any,
 ) -> Tensor:
     """Attention to all keys, (B, T, h, D), by the function that shares masks between layers."""
-    causal = see.is_causal
+    causal, shared = see.is_causal, None
     if mask is not None and mask.dim() == 2:
-        settings_of_mask = query.shape[2], key.shape[2], see.is_causal, see.window
-        mask = shared_mask(mask, settings_of_mask, partial(_whole_mask, see, query)).mask
         causal = False
+        if plain(query) or not torch.is_grad_enabled():
+            mask = _whole_mask(see, query)
+        else:
+            dtype = dtype_of_attention(query)
+            kind = query.shape[2], key.shape[2], see.is_causal, see.window, dtype
+            shared = shared_mask(mask, kind, lambda: additive_mask(_whole_mask(see, query), dtype))
+            mask = shared.mask
     y, _ = exact.attention_forward(module, query, key, value, mask, is_causal=causal, **settings)
+    if shared is not None:
+        shared.hold_with(y)
     return y
 
 
@@ -132,8 +156,9 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask of a model's layers: None, padding (B, S), or transformers' own (B, 1, T, S) where that does not say it.
 
-    Padding is bool; in a sliding window int32, 0 for padding and the window's size plus 1 elsewhere. It is given without
-    padding, too, where several queries stand beside the last keys: without a mask, torch lets them begin beside the first.
+    Padding is bool; in a sliding window int32, 0 for padding and the window's size plus 1 elsewhere. Where several
+    queries stand beside the last of more keys, it says so even if there is none: without a mask they would stand beside
+    the first, as in torch.
     """
     given = dict(
         batch_size=batch_size,
@@ -211,7 +236,9 @@ def use(module: nn.Module) -> None:
 
 def use_no_more(module: nn.Module) -> None:
     """Undo `use`. Other converted modules of the model go on, with the masks of the plain model."""
-    config = module.__dict__.pop(_CONFIG)
-    back = {sparse: plain for plain, sparse in _STANDS_FOR.items()}
+    config = module.__dict__.pop(_CONFIG, None)
+    if config is None:
+        return
+    back = {sparse: name for name, sparse in _STANDS_FOR.items()}
     config._attn_implementation_internal = back.get(config._attn_implementation, config._attn_implementation)
     module.config = config

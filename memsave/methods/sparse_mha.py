@@ -23,7 +23,7 @@ from ..nn.sparse_attention import state as sparse
 from ..nn.sparse_attention.calibration import key_samples
 from ..nn.sparse_attention.codebooks import KeySample
 from ..nn.sparse_attention.crossover import crossover
-from ..nn.sparse_attention.module import SparseAttention, is_multihead, takes_attention
+from ..nn.sparse_attention.module import SparseAttention, head_size, is_multihead, takes_attention
 from ..nn.sparse_attention.multihead import SparseMultiheadAttention, not_in_one_kernel
 from ..nn.sparse_attention.selecting import Choice
 
@@ -134,6 +134,12 @@ class SparseMHAConfig(TargetedConfig):
                 except ValueError as error:
                     raise ValueError(f"{name}: SparseMHAConfig.{error}. The model was not changed.") from error
                 sizes[name] = (sample.shape[0], sample.shape[2])
+        for name, module in targets:  # found now, not in the first step of an optimizer
+            if not self.calibrated and (size := head_size(module)):
+                try:
+                    sparse.subspaces_of(size, self.num_subspaces)
+                except ValueError as error:
+                    raise ValueError(f"{name}: SparseMHAConfig.{error}. The model was not changed.") from error
         dense_below, notes = self._dense_below(model, sizes)
         shapes = {name: list(codebook.shape) for name, codebook in codebooks.items()}
         states = {name: {"codebook": shapes.get(name), "dense_below": dense_below} for name, _ in targets}
@@ -181,12 +187,17 @@ class SparseMHAConfig(TargetedConfig):
         raise TypeError("SparseMHAConfig converts all targets of a model together; see carry_out")
 
     def _convert(self, module: nn.Module, codebook: Tensor | None, dense_below: int) -> nn.Module:
-        sparse.hold(module, self._state(dense_below), codebook)
-        if is_multihead(module):
-            module.register_forward_pre_hook(not_in_one_kernel)
-            return swap(module, SparseMultiheadAttention, self)
-        registered().use(module)
-        return swap(module, SparseAttention, self)
+        mixin = SparseMultiheadAttention if is_multihead(module) else SparseAttention
+        try:
+            sparse.hold(module, self._state(dense_below), codebook)
+            if is_multihead(module):
+                module.register_forward_pre_hook(not_in_one_kernel)
+            else:
+                registered().use(module)
+            return swap(module, mixin, self)
+        except BaseException:
+            _release(module)
+            raise
 
     def _state(self, dense_below: int) -> sparse.SparseState:
         choice = Choice(self.keep, self.granularity, self.block_size)
@@ -206,13 +217,7 @@ class SparseMHAConfig(TargetedConfig):
         return why_not_back(module)
 
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
-        sparse.release(module)
-        if is_multihead(module):
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is not_in_one_kernel]:
-                del hooks[key]
-        else:
-            registered().use_no_more(module)
+        _release(module)
         return unswap(module, self.name)
 
     def backend(self, module: nn.Module) -> str:
@@ -233,6 +238,17 @@ class _Fitted(Survey):
     """A survey with the codebooks, by module; they are no JSON data."""
 
     codebooks: Mapping[str, Tensor] = None  # type: ignore[assignment]
+
+
+def _release(module: nn.Module) -> None:
+    """Take what a conversion gave to `module` besides its class."""
+    sparse.release(module)
+    if is_multihead(module):
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is not_in_one_kernel]:
+            del hooks[key]
+    else:
+        registered().use_no_more(module)
 
 
 def registered() -> Any:

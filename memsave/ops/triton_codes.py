@@ -8,6 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+CHUNK_BYTES = 32 * 2**20  # of what the keys of several rows give: it stays in the L2 cache
+ESTIMATE_KEYS, SUM_KEYS = 256, 512  # of a tile where table entries are added up
+ROW_KEYS, ROW_BLOCKS = 1024, 512  # that a program which has a whole row takes at once
+
 
 @triton.jit
 def estimates(total, tables, codes, s, valid, stride_m, stride_e, stride_p, stride_s, M: tl.constexpr):
@@ -37,6 +41,11 @@ def visible_range(first, last, S, window, IS_CAUSAL: tl.constexpr):
         end = tl.minimum(end, last + 1)
     begin = tl.maximum(tl.where(window > 0, first - window + 1, 0), 0)
     return begin, end
+
+
+def chunk(row_bytes: int) -> int:
+    """How many rows are computed together."""
+    return max(1, CHUNK_BYTES // max(1, row_bytes))
 
 
 def mask_and_strides(mask: torch.Tensor | None, full: tuple[int, ...]) -> tuple[torch.Tensor | None, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from benchmarks.cases import CASES, convolution
 from benchmarks.cases.convolution import CONVOLUTION_CASES, WAYS, ConvolutionCase, Way, settled
 from benchmarks.cases.models import direct
 from benchmarks.checks import CheckFailed
+from benchmarks.formats import MIB
 from benchmarks.runners import convolution as convolution_runner
 from benchmarks.runners.convolution import run_convolution_case, smallest_budget
 
@@ -180,7 +181,7 @@ def test_every_case_is_among_all_cases() -> None:
 def result(ways: dict[str, tuple[float, int, float, float]], name: str = "patch_conv_tiny") -> dict[str, Any]:
     """A result file's content: by way, MiB at the peak, MACs, seconds and the difference."""
     rows = [
-        {"way": way, "peak_bytes": peak * formats.MIB, "macs": macs, "median_s": time, "difference": difference}
+        {"way": way, "peak_bytes": peak * MIB, "macs": macs, "median_s": time, "difference": difference}
         for way, (peak, macs, time, difference) in ways.items()
     ]
     case = {"kind": "convolution", "name": name, "title": "a network without gradients, an image of 8 x 8 pixels"}

@@ -17,6 +17,7 @@ from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.training import ForwardCase, StepCase, TrainingCase
 from benchmarks.cases.variants import COMPILED, EXACT, PLAIN, Variant
 from benchmarks.checks import CheckFailed
+from benchmarks.formats import MIB
 from benchmarks.result_files import RESULTS
 from benchmarks.runners import kept as runners_kept
 from benchmarks.runners.forward import run_forward_case
@@ -159,10 +160,10 @@ def test_the_points_of_a_step_and_the_line_of_the_best() -> None:
     data = json.loads((RESULTS / "cpu" / "step_demo.json").read_text())
     points = {"plain": (4, 1.0), "slow": (4, 2.0), "memsave": (2, 1.5), "compiled": (None, 3.0)}
     data["results"] = [
-        {"variant": name, "peak_bytes": peak and peak * formats.MIB, "allocator_peak_bytes": None, "median_s": seconds}
+        {"variant": name, "peak_bytes": peak and peak * MIB, "allocator_peak_bytes": None, "median_s": seconds}
         for name, (peak, seconds) in points.items()
     ]
-    data["results"][-1]["allocator_peak_bytes"] = formats.MIB
+    data["results"][-1]["allocator_peak_bytes"] = MIB
     (axes,) = plots.draw_pareto([data]).axes
     *dots, line = axes.lines
     drawn = sorted((float(x), float(y)) for dot in dots for x, y in dot.get_xydata())

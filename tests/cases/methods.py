@@ -256,6 +256,7 @@ MODEL_SCOPE = {
 }
 APPROXIMATE = {
     "flash_svd": "tests/methods/test_flash_svd.py",
+    "sparse_mha": "tests/methods/test_sparse_mha.py",
     "routed_ffn": "tests/methods/test_routed_ffn.py",
 }
 

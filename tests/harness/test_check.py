@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.cases.ops import CASES, cases_of
 from tests.cases.ops.inputs import matrix
-from tests.harness import OpCase, OpSpec, assert_same, check, implementation
+from tests.harness import OpCase, OpSpec, assert_same, assert_within_budget, check, implementation
 from tests.harness.wrong import MISTAKES
 
 
@@ -106,3 +106,19 @@ def test_same_means_the_same_bits(actual: Tensor, expected: Tensor, message: str
 
 def test_nan_equals_nan() -> None:
     assert_same(torch.tensor([float("nan"), -0.0]), torch.tensor([float("nan"), -0.0]))
+
+
+def test_infinities_must_be_the_same_and_set_no_budget() -> None:
+    exact = torch.tensor([1.0, -torch.inf, torch.inf], dtype=torch.float64)
+    plain = exact.float()
+    assert_within_budget(plain, exact, plain)
+    for wrong in (
+        [1.0, torch.inf, torch.inf],
+        [1.0, 0.0, torch.inf],
+        [1.0, torch.nan, torch.inf],
+        [1.1, -torch.inf, torch.inf],
+    ):
+        with pytest.raises(AssertionError, match="1 of 3 elements differ"):
+            assert_within_budget(torch.tensor(wrong), exact, plain)
+    with pytest.raises(AssertionError, match="1 of 1 elements differ"):
+        assert_within_budget(torch.tensor([torch.inf]), exact[:1], plain[:1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,3 +57,22 @@ def test_accepted_dtypes_are_tried_with_and_without_the_arguments_that_share_the
     args = (torch.ones(2), torch.ones(2), torch.ones(2))
     floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
     assert [accepted_dtypes(needs_equal_floats, args, i) for i in range(3)] == [floats, floats, [torch.float32]]
+
+
+def test_that_an_argument_may_have_no_gaps_in_memory_is_tried() -> None:
+    spec, cases = SPECS["selected_attention_backward"], cases_of("selected_attention_backward")
+    assert missing_rows(spec, ops.selected_attention_backward, cases) == []
+
+    def takes_all(*args: Any) -> Any:
+        tensors = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        return ops.selected_attention_backward(*tensors)
+
+    missed = missing_rows(spec, takes_all, cases)
+    assert missed == [f"a row where argument {i} is not contiguous" for i in spec.writes]
+
+
+def test_fixed_sizes_need_not_be_odd_but_others_must() -> None:
+    spec, cases = SPECS["pq_select"], cases_of("pq_select")
+    assert spec.fixed == (16,)
+    assert missing_rows(spec, ops.pq_select, cases) == []
+    assert missing_rows(replace(spec, fixed=()), ops.pq_select, cases) == ["a row where every size is odd"]

@@ -61,7 +61,7 @@ def test_what_is_converted_is_in_the_report() -> None:
 
 
 def test_one_layer_of_a_model() -> None:
-    """The others go on as they were, and masks, too: with padding, the first layer's output is that of the plain model."""
+    """The others go on as they were, with the masks that they had."""
     plain = llama().eval()
     model = copy.deepcopy(plain)
     memsave.convert_model(model, config(target_modules=["layers.1.self_attn"]), calibration=[batch()])
@@ -315,7 +315,7 @@ def test_a_compiled_model_gives_the_same(kind: str) -> None:
     model: Any = llama().eval() if kind == "llama" else blocks()
     given: Any = batch()["input_ids"] if kind == "llama" else tokens()
     memsave.convert_model(model, config(), calibration=[given])
-    outputs = [each(given) for each in (model, torch.compile(model, backend="aot_eager"))]
+    outputs = [each(given) for each in (model, torch.compile(model, backend="eager"))]
     found = [y.logits if kind == "llama" else y for y in outputs]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     gradients = [torch.autograd.grad(y.square().sum(), next(model.parameters())) for y in found]

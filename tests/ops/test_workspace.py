@@ -218,17 +218,10 @@ def selected_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return found
 
 
-CALLS = (
-    code_calls()
-    | selected_calls()
-    | spmm_calls()
-    | sddmm_calls()
-    | calls()
-    | norm_calls()
-    | layer_norm_calls()
-    | bit_calls()
-    | logit_calls()
-)
+CALLS = {
+    **(spmm_calls() | sddmm_calls() | calls() | norm_calls() | layer_norm_calls() | bit_calls() | logit_calls()),
+    **(code_calls() | selected_calls()),
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -287,6 +287,7 @@ def _low_rank_mlp_build(
 def product_quantization_builds() -> list[Build]:
     """Narrow and wide subspaces, an odd number of them; blocks of keys in a tile, and larger than one."""
     encode, select, blocks = (kernels_of(op) for op in ("pq_encode", "pq_select", "pq_select_blocks"))
+    shared = import_module("memsave.ops.triton_codes")
     builds = []
     for dtype, features in [("fp16", 8), ("bf16", 128), ("fp32", 8), ("fp64", 33)]:
         types = {"x": f"*{dtype}", "codebook": "*fp32", "out": "*u8"}
@@ -296,20 +297,20 @@ def product_quantization_builds() -> list[Build]:
         builds.append(_usual_build(f"encode_{dtype}_{features}", encode.encode_kernel, types, constants, options))
     bytes_of = dict.fromkeys(("table", "codes", "mask"), "*u8")
     for subspaces in (8, 15):
-        constants = {"M": subspaces, "IS_CAUSAL": True, "BLOCK_R": select.BLOCK_R, "BLOCK_S": select.BLOCK_S}
+        constants = {"M": subspaces, "IS_CAUSAL": True, "BLOCK_R": select.BLOCK_R, "BLOCK_S": shared.ESTIMATE_KEYS}
         types = {**bytes_of, "out": "*i16"}
         options = {"num_warps": select.WARPS}
         builds.append(_usual_build(f"estimate_{subspaces}", select.estimate_kernel, types, constants, options))
-    types, constants = {"estimates": "*i16", "out": "*i32"}, {"IS_CAUSAL": True, "BLOCK": select.BLOCK_ROW}
-    builds.append(_usual_build("keep", select.keep_kernel, types, constants, {"num_warps": select.ROW_WARPS}))
+    types, constants = {"estimates": "*i16", "out": "*i32"}, {"IS_CAUSAL": True, "BLOCK": shared.ROW_KEYS}
+    builds.append(_usual_build("keep", select.keep_kernel, types, constants, {"num_warps": select.WARPS}))
     types = {**bytes_of, "weights": "*i32", "sums": "*i64", "ranks": "*i64"}
     for size, subspaces in [(64, 16), (100, 7), (1024, 8)]:
-        inside = min(1 << (size - 1).bit_length(), blocks.TILE_KEYS)
+        inside = min(1 << (size - 1).bit_length(), shared.SUM_KEYS)
         constants = {"M": subspaces, "SIZE": size, "IS_CAUSAL": True, "REPRESENTATIVES": 2, "LOCAL": True}
-        constants |= {"BLOCKS": blocks.TILE_KEYS // inside, "INSIDE": inside, "BLOCK_I": 2, "BLOCK_L": blocks.BLOCK_L}
-        for kernel, warps in ((blocks.sum_kernel, blocks.WARPS), (blocks.rank_kernel, blocks.SHARE_WARPS)):
+        constants |= {"BLOCKS": shared.SUM_KEYS // inside, "INSIDE": inside, "BLOCK_I": 2, "BLOCK_L": shared.ROW_BLOCKS}
+        for kernel in (blocks.sum_kernel, blocks.rank_kernel):
             name = f"blocks_{kernel.fn.__name__}_{size}"
-            builds.append(_usual_build(name, kernel, types, constants, {"num_warps": warps}))
+            builds.append(_usual_build(name, kernel, types, constants, {"num_warps": blocks.WARPS}))
     return builds
 
 

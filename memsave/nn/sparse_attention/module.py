@@ -28,6 +28,11 @@ def is_multihead(module: nn.Module) -> bool:
     return original_class(module) is nn.MultiheadAttention
 
 
+def head_size(module: nn.Module) -> int | None:
+    """Features of a head of an attention module, or None if it does not say."""
+    return getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
+
+
 def takes_attention(module: nn.Module) -> bool:
     """Whether `module` is an attention module of transformers: it looks its attention function up by its config."""
     if not hasattr(getattr(module, "config", None), "_attn_implementation"):

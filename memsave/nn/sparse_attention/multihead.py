@@ -48,7 +48,7 @@ class SparseMultiheadAttention(Converted):
         same = query is key and key is value
         q, k, v = self._projected(inputs, same)  # (B, h, T, D), (B, h, S, D) twice
         shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        see = self._visibility(shape, key_padding_mask, attn_mask, is_causal, same, batched)
+        see = self._visibility(shape, key_padding_mask, attn_mask, is_causal, query is key, batched)
         weights: list[Tensor] = []
 
         def dense() -> Tensor:
@@ -96,7 +96,7 @@ class SparseMultiheadAttention(Converted):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
-        same: bool,
+        to_itself: bool,
         batched: bool,
     ) -> Visibility:
         batch, heads, rows, keys = shape
@@ -114,7 +114,8 @@ class SparseMultiheadAttention(Converted):
             of_heads = masks.visible(by_head, shape, heads, type(self).__name__)
             assert of_heads is not None
             seen = of_heads if seen is None else seen & of_heads
-        return Visibility(seen, is_causal, 0, 0, local=same or rows == keys)
+        local = is_causal or to_itself or (attn_mask is not None and rows == keys)
+        return Visibility(seen, is_causal, 0, 0, local)
 
     def _dense(
         self, q: Tensor, k: Tensor, v: Tensor, see: Visibility, need_weights: bool
@@ -135,9 +136,9 @@ class SparseMultiheadAttention(Converted):
 
     def _nested(self, *given: Any) -> tuple[Tensor, None]:
         """What `nn.TransformerEncoder` passes in evaluation with a padding mask: sequences of several lengths."""
-        query, key, value = given[:3]
-        if not (query is key and key is value):
-            raise ValueError(f"{type(self).__name__}: nested tensors are taken for self-attention only")
+        query, key, value, key_padding_mask, attn_mask, _ = given
+        if not (query is key and key is value) or key_padding_mask is not None or attn_mask is not None:
+            raise ValueError(f"{type(self).__name__}: nested tensors are taken for self-attention without masks only")
         lengths = [len(sequence) for sequence in query.unbind()]
         padded = query.to_padded_tensor(0.0)
         places = torch.arange(padded.shape[1], device=padded.device)

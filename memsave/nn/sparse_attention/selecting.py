@@ -129,8 +129,8 @@ def _blocks(
 ) -> Tensor:
     groups, size = codes.shape[1], choice.block_size
     # A query must not depend on what comes after it, not even by the choice of keys that it shares with its block. A
-    # mask for each query of self-attention may hide what comes after, too.
-    ordered = see.is_causal or (see.local and see.mask is not None and see.mask.shape[2] > 1)
+    # mask for each query may hide what comes after, too, and queries that attend to others may come from a decoder.
+    ordered = see.is_causal or not see.local or (see.mask is not None and see.mask.shape[2] > 1)
     chosen_by = (_first_queries if ordered else _means)(query, rows, size).unflatten(1, (groups, -1))
     chosen_by = chosen_by.transpose(2, 3).flatten(3, 4)  # (B, kv, N, g r, D)
     shape = chosen_by.shape[2:4]

@@ -17,9 +17,7 @@ MAX_CODEWORDS, MAX_SUBSPACES, MAX_FEATURES = 16, 64, 128
 
 _op = register(
     "pq_encode(Tensor x, Tensor codebook) -> Tensor",
-    fake=lambda x, codebook: x.new_empty(
-        (*x.shape[:2], (codebook.shape[1] + 1) // 2, x.shape[2]), dtype=torch.uint8
-    ),
+    fake=lambda x, codebook: x.new_empty((*x.shape[:2], (codebook.shape[1] + 1) // 2, x.shape[2]), dtype=torch.uint8),
     reference=reference,
     kernels=("native", "triton"),
 )

@@ -13,11 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import triton_codes
 from ..triton_codes import estimates, mask_and_strides, visible_range
 
-CHUNK_BYTES = 32 * 2**20  # of estimates: what stays in the L2 cache
-BLOCK_R, BLOCK_S, WARPS = 4, 256, 4
-BLOCK_ROW, ROW_WARPS = 1024, 4
+BLOCK_R, WARPS = 4, 4
 
 
 @triton.jit(do_not_specialize=["FIRST", "position", "window"])
@@ -135,7 +134,7 @@ def keep_kernel(estimates, out, FIRST, rows, R, S, K, position, window, IS_CAUSA
 
 def chunk_rows(table: torch.Tensor, codes: torch.Tensor) -> int:
     """How many rows are computed together."""
-    return max(1, CHUNK_BYTES // max(1, 2 * table.shape[0] * table.shape[1] * codes.shape[3]))
+    return triton_codes.chunk(2 * table.shape[0] * table.shape[1] * codes.shape[3])
 
 
 def launch(
@@ -154,12 +153,12 @@ def launch(
     if out.numel() == 0 or keys == 0:
         return out
     mask, of_mask = mask_and_strides(mask, (batch, heads, rows, keys))
-    step = min(chunk_rows(table, codes), rows)
+    step, width = min(chunk_rows(table, codes), rows), triton_codes.ESTIMATE_KEYS
     found = table.new_empty((batch * heads, step, keys), dtype=torch.int16)
     with torch.cuda.device_of(table):
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            tiles = batch * heads * triton.cdiv(count, BLOCK_R) * triton.cdiv(keys, BLOCK_S)
+            tiles = batch * heads * triton.cdiv(count, BLOCK_R) * triton.cdiv(keys, width)
             estimate_kernel[(tiles,)](
                 table,
                 codes,
@@ -172,7 +171,7 @@ def launch(
                 M=subspaces,
                 IS_CAUSAL=is_causal,
                 BLOCK_R=BLOCK_R,
-                BLOCK_S=BLOCK_S,
+                BLOCK_S=width,
                 num_warps=WARPS,
             )
             keep_kernel[(batch * heads * count,)](
@@ -180,8 +179,8 @@ def launch(
                 out,
                 *(first, count, rows, keys, keep, position, window),
                 IS_CAUSAL=is_causal,
-                BLOCK=BLOCK_ROW,
-                num_warps=ROW_WARPS,
+                BLOCK=triton_codes.ROW_KEYS,
+                num_warps=WARPS,
             )
     return out
 

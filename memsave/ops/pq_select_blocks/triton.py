@@ -13,13 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import triton_codes
 from ..triton_codes import estimates, mask_and_strides, visible_range
 
-CHUNK_BYTES = 32 * 2**20  # of sums
 SHARE_BITS = tl.constexpr(16)
 LAST_LEVEL = tl.constexpr(255)
-TILE_KEYS, WARPS = 512, 4
-BLOCK_L, SHARE_WARPS = 512, 4
+WARPS = 4
 
 
 @triton.jit(do_not_specialize=["FIRST", "position", "window"])
@@ -147,7 +146,7 @@ def rank_kernel(
 def chunk_blocks(table: torch.Tensor, key_blocks: int) -> int:
     """How many query blocks are computed together."""
     batch, heads, _, representatives = table.shape[:4]
-    return max(1, CHUNK_BYTES // max(1, 8 * batch * heads * representatives * key_blocks))
+    return triton_codes.chunk(8 * batch * heads * representatives * key_blocks)
 
 
 def launch(
@@ -171,9 +170,9 @@ def launch(
         return out
     mask, of_mask = mask_and_strides(mask, (batch, heads, blocks, keys))
     step = min(chunk_blocks(table, key_blocks), blocks)
-    inside = min(triton.next_power_of_2(block_size), TILE_KEYS)
-    tile = TILE_KEYS // inside
-    width = min(triton.next_power_of_2(key_blocks), BLOCK_L)
+    inside = min(triton.next_power_of_2(block_size), triton_codes.SUM_KEYS)
+    tile = triton_codes.SUM_KEYS // inside
+    width = min(triton.next_power_of_2(key_blocks), triton_codes.ROW_BLOCKS)
     for first in range(0, blocks, step):
         count = min(step, blocks - first)
         rows = batch * heads * count
@@ -208,7 +207,7 @@ def launch(
                 LOCAL=local,
                 BLOCK_I=triton.next_power_of_2(representatives),
                 BLOCK_L=width,
-                num_warps=SHARE_WARPS,
+                num_warps=WARPS,
             )
         del sums
         out[:, :, first : first + count, : min(keep, key_blocks)] = largest(ranks, keep)

@@ -54,4 +54,6 @@ def workspace_bytes(query: Tensor, codebook: Tensor) -> int:
     heads, subspaces, _, features = codebook.shape
     rows = query.shape[0] * query.shape[1] * query.shape[2]
     inputs = 4 * query.numel() + 4 * heads * subspaces * MAX_CODEWORDS * features
-    return 4 * rows * subspaces * MAX_CODEWORDS + max(inputs, 4 * rows * 3 * subspaces, 4 * rows * (2 * subspaces + 1) + 4)
+    return 4 * rows * subspaces * MAX_CODEWORDS + max(
+        inputs, 4 * rows * 3 * subspaces, 4 * rows * (2 * subspaces + 1) + 4
+    )

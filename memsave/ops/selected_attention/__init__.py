@@ -1,7 +1,7 @@
 """Attention of each query to chosen keys alone: single ones, or blocks of them for a block of queries.
 
-B sequences, h query and kv key/value heads (h a multiple of kv; query head i reads key/value head i // (h / kv)), R queries,
-S keys, head sizes D and E; N = ceil(R / block_size) blocks of queries, K key blocks for each.
+B sequences, h query and kv key/value heads (h a multiple of kv; query head i reads key/value head i // (h / kv)), R
+queries, S keys, head sizes D and E; N = ceil(R / block_size) blocks of queries, K key blocks for each.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def check_inputs(
             f"{tuple(key.shape)}."
         )
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must be (B, kv, S, E) with the sizes of key, {tuple(key.shape[:3])}; got {tuple(value.shape)}.")
+        raise ValueError(
+            f"value must be (B, kv, S, E) with the sizes of key, {tuple(key.shape[:3])}; got {tuple(value.shape)}."
+        )
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1; got {block_size}.")
     expected = (batch, groups, -(-rows // block_size))

@@ -12,14 +12,16 @@ from .blocks import (
     Head,
     Visibility,
     by_query_block,
+    chunk_bytes,
     chunks,
     gathered,
     heads,
     in_blocks,
+    in_blocks_bytes,
     row_slice,
     scores,
     statistics_dtype,
-    to_rows,
+    write_rows,
 )
 
 
@@ -51,16 +53,23 @@ def _attend(head: Head, scale: float, output: Tensor, logsumexp: Tensor) -> None
     key, value = in_blocks(head.key, head.block_size), in_blocks(head.value, head.block_size)
     for part in chunks(head):
         rows = row_slice(head, part)
-        count, kept = rows.stop - rows.start, head.indices[part].clamp(min=0)
-        q = by_query_block(head.query[:, rows], part, head.block_size)
-        p = scores(head, part, q, gathered(key, kept, head.block_size), scale)
-        peak = p.amax(-1, keepdim=True)
-        peak.masked_fill_(peak == float("-inf"), 0.0)  # a row that sees nothing
-        p.sub_(peak).exp_()
-        total = p.sum(-1, keepdim=True)
-        y = torch.bmm(p, gathered(value, kept, head.block_size)).div_(total.clamp(min=torch.finfo(p.dtype).tiny))
-        output[:, rows] = to_rows(y, output.shape[0], count)
-        logsumexp[:, rows] = to_rows(total.log_().add_(peak), output.shape[0], count).squeeze(-1)
+        _attend_chunk(head, part, key, value, scale, output[:, rows], logsumexp[:, rows, None])
+
+
+def _attend_chunk(
+    head: Head, part: slice, key: Tensor, value: Tensor, scale: float, output: Tensor, logsumexp: Tensor
+) -> None:
+    """The same for some query blocks: output (g, rows, E), logsumexp (g, rows, 1)."""
+    size, kept = head.block_size, head.indices[part].clamp(min=0)
+    q = by_query_block(head.query[:, row_slice(head, part)], len(kept), size)
+    p = scores(head, part, q, gathered(key, kept, size), scale)
+    peak = p.amax(-1, keepdim=True)
+    peak.masked_fill_(peak == float("-inf"), 0.0)  # a row that sees nothing
+    p.sub_(peak).exp_()
+    total = p.sum(-1, keepdim=True)
+    y = torch.bmm(p, gathered(value, kept, size)).div_(total.clamp(min=torch.finfo(p.dtype).tiny))
+    write_rows(y, output, size)
+    write_rows(total.log_().add_(peak), logsumexp, size)
 
 
 def workspace_bytes(
@@ -76,4 +85,16 @@ def workspace_bytes(
     scale: float,
 ) -> int:
     """The blocks of one head where they are no view, and queries, keys, values, scores and output of a chunk."""
-    return 0
+    if 0 in (*query.shape[:3], key.shape[2], indices.shape[3]):
+        return 0
+    visibility = Visibility(mask, is_causal, window, position)
+    at = chunk_bytes(query, key, value, indices, visibility, block_size)
+    scoring = max(at.of_key, at.key + at.scores + at.hidden)
+    weighing = at.scores + 2 * at.number + max(at.of_value, at.value + at.output, at.output + at.number)
+    return (
+        in_blocks_bytes(key, block_size)
+        + in_blocks_bytes(value, block_size)
+        + at.kept
+        + at.query
+        + max(scoring, weighing)
+    )

@@ -1,4 +1,4 @@
-"""Calls the C++ kernel of `selected_attention_backward`, csrc/selected_attention_backward.cpp, for lists of single keys.
+"""Calls the C++ kernel of `selected_attention_backward`, csrc/selected_attention_backward.cpp, for single keys.
 
 What that does not serve goes to the plain implementation, as in `selected_attention`.
 """

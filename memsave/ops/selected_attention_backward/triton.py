@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 
 from ..selected_attention.triton_rows import (
-    LOG2_E,
     NONE,
-    WARP_THREADS,
     chosen_keys,
     has_kernel,
     number_of_chosen,
@@ -31,8 +29,8 @@ from ..selected_attention.triton_rows import (
 )
 from ..triton_codes import mask_and_strides
 from . import tiled
+from .triton_tiles import chunk_blocks, key_tile, query_tile
 
-CHUNK_INDICES = 2**22  # that are sorted together
 COUNTED = tl.constexpr(64)
 
 
@@ -122,7 +120,7 @@ def query_kernel(
     tl.store(delta + place, own_delta, mask=inside)
     at = logsumexp + b * stride_logsumexp_b + head * stride_logsumexp_h + wide_row * stride_logsumexp_r
     shift = tl.load(at, mask=inside, other=0.0)
-    shift = tl.where(shift == NONE, 0.0, shift) * LOG2_E  # a row that sees nothing has -inf here and in all scores
+    shift = tl.where(shift == NONE, 0.0, shift)  # a row that sees nothing has -inf here and in all scores
     chosen = indices + b * stride_indices_b + g * stride_indices_h + n.to(tl.int64) * stride_indices_n
     count = number_of_chosen(chosen, K, stride_indices_k, COUNTED)
     keys, values = key + b * stride_key_b + g * stride_key_h, value + b * stride_value_b + g * stride_value_h
@@ -171,7 +169,6 @@ def query_kernel(
                 BLOCK_K,
                 PRECISION,
             )
-        scores *= SCALE * LOG2_E
         sees = visible(
             inside[:, None] & valid[None, :],
             (row + position)[:, None],
@@ -183,7 +180,7 @@ def query_kernel(
             IS_CAUSAL,
             HAS_WINDOW,
         )
-        p = tl.exp2(tl.where(sees, scores, NONE) - shift[:, None])  # (BLOCK_M, BLOCK_N)
+        p = tl.exp(tl.where(sees, scores * SCALE, NONE) - shift[:, None])  # (BLOCK_M, BLOCK_N)
         ds = p * (dp - own_delta[:, None])
         accumulated = tl.dot(ds.to(k.dtype), k, accumulated, input_precision=PRECISION)
     at = dquery + place[:, None] * D + d[None, :]
@@ -286,9 +283,9 @@ def key_kernel(
         dy = tl.load(rows[:, None] + e[None, :] * stride_doutput_e, mask=inside[:, None] & (e < E)[None, :], other=0.0)
         at = logsumexp + b * stride_logsumexp_b + head * stride_logsumexp_h + row * stride_logsumexp_r
         shift = tl.load(at, mask=inside, other=0.0)
-        shift = tl.where(shift == NONE, 0.0, shift) * LOG2_E
+        shift = tl.where(shift == NONE, 0.0, shift)
         own_delta = tl.load(delta + (b * KV * G + head) * R + row, mask=inside, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (SCALE * LOG2_E)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         sees = visible(
             valid[:, None] & inside[None, :],
             own[None, :],
@@ -300,7 +297,7 @@ def key_kernel(
             IS_CAUSAL,
             HAS_WINDOW,
         )
-        p = tl.exp2(tl.where(sees, scores, NONE) - shift[None, :])  # (BLOCK_N, BLOCK_M)
+        p = tl.exp(tl.where(sees, scores * SCALE, NONE) - shift[None, :])  # (BLOCK_N, BLOCK_M)
         of_v = tl.dot(p.to(dy.dtype), dy, of_v, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - own_delta[None, :])
         of_k = tl.dot(ds.to(q.dtype), q, of_k, input_precision=PRECISION)
@@ -308,42 +305,6 @@ def key_kernel(
     tl.store(at, tl.load(at, mask=in_d, other=0.0) + of_k * SCALE, mask=in_d)
     at = dvalue + (group * S + s)[:, None] * E + e[None, :]
     tl.store(at, tl.load(at, mask=in_e, other=0.0) + of_v, mask=in_e)
-
-
-def query_tile(
-    rows: int, widest: int, dtype: torch.dtype, masked: bool, warp_threads: int = WARP_THREADS
-) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, warps, stages) of `query_kernel` for so many rows of a query block; see `tile_of`.
-
-    Larger tiles spill, above all where addresses of a mask take registers: tests/triton/test_aot.py.
-    """
-    if dtype.itemsize == 4:
-        return 16, 16, 4, 1
-    narrow = masked or widest > 128
-    block_m = min(power_of_2(rows), 32 if narrow else 64)
-    if warp_threads == 64:
-        return block_m, 16 if widest > 128 else 32, 4, 1
-    return block_m, 32 if narrow else 64, 8 if block_m == 64 or widest > 128 else 4, 2 if narrow else 3
-
-
-def key_tile(
-    keys: int, widest: int, dtype: torch.dtype, masked: bool, warp_threads: int = WARP_THREADS
-) -> tuple[int, int, int, int]:
-    """The same of `key_kernel` for so many keys of a block: BLOCK_N of them stay on chip."""
-    narrow = masked or widest > 128 or warp_threads == 64 or dtype.itemsize == 4
-    block_n = min(power_of_2(keys), 32 if narrow else 64)
-    if dtype.itemsize == 4:
-        return 16, block_n, 4, 1
-    if warp_threads == 64:
-        return 32 if widest <= 128 else 16, block_n, 4, 1
-    block_m = 64 if widest <= (128 if block_n == 16 else 64) and not masked else 32
-    return block_m, block_n, 4 if block_n == 16 or (widest <= 64 and masked) else 8, 2
-
-
-def chunk_blocks(indices: torch.Tensor) -> int:
-    """How many query blocks have their indices sorted together."""
-    batch, groups, _, kept = indices.shape
-    return max(1, CHUNK_INDICES // max(1, batch * groups * kept))
 
 
 def launch(

@@ -224,16 +224,18 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "transposed_blocks_whole": {"layout": "transposed", "R": 32, "S": 32, "block_size": 8, "dtype": torch.bfloat16},
 }
-LARGE: dict[str, dict[str, Any]] = {
-    "many_single_keys": {"B": 1, "R": 300, "S": 500, "keep": 70, "D": 32},
+LARGE: dict[str, dict[str, Any]] = {  # more than one chunk of plain PyTorch
+    "many_single_keys": {"B": 1, "R": 340, "S": 420, "keep": 400, "D": 24, "spread": 1.5},
     "many_single_keys_half": {"R": 130, "S": 400, "keep": 40, "D": 64, "dtype": torch.bfloat16},
-    "many_blocks": {"B": 1, "R": 500, "S": 500, "keep": 6, "block_size": 32, "is_causal": True, "D": 64},
+    "many_blocks": {"B": 1, "h": 6, "R": 500, "S": 500, "keep": 6, "block_size": 32, "is_causal": True, "D": 64},
     "many_blocks_half": {
-        **{"R": 333, "S": 333, "keep": 3, "block_size": 64, "is_causal": True, "D": 64},
+        **{"B": 1, "R": 450, "S": 450, "keep": 5, "block_size": 64, "is_causal": True, "D": 64},
         **{"dtype": torch.float16, "layout": "transposed"},
     },
-    "many_masked": {"B": 1, "R": 300, "S": 410, "keep": 8, "block_size": 16, "mask": some, "D": 24},
-    "many_windows": {"B": 1, "R": 400, "S": 400, "keep": 9, "block_size": 16, "is_causal": True, "window": 90},
+    "many_masked": {"B": 1, "h": 6, "R": 300, "S": 410, "keep": 20, "block_size": 16, "mask": some, "D": 24},
+    "many_windows": {
+        **{"B": 1, "h": 6, "R": 400, "S": 400, "keep": 16, "block_size": 16, "is_causal": True, "window": 90},
+    },
 }
 
 OpRow = tuple[str, Callable[[], tuple[Any, ...]], bool]
