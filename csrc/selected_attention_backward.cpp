@@ -9,7 +9,8 @@
 namespace memsave {
 namespace {
 
-constexpr int64_t kRange = 512;  // keys
+constexpr int64_t kRange = 512;   // keys
+constexpr int64_t kMaxRows = 256;  // that are worked on at once, of each head
 
 struct Job {
   Rows doutput, query, key, value, output;
@@ -80,32 +81,62 @@ MS_INLINE void add_row(Wide factor, const Wide* row, int64_t features, Wide* __r
   for (int64_t j = 0; j < features; ++j) sums[j] += factor * row[j];
 }
 
-// What the rows that are worked on give to the keys of one range.
+// Which key comes next in the list of each row that is worked on, and at which place; kNone behind the range.
+struct Cursors {
+  int32_t next[kMaxRows];
+  int64_t place[kMaxRows];
+};
+
+constexpr int32_t kNone = -1;
+
+MS_INLINE int32_t next_key(const int32_t* list, int64_t place, int64_t count, int64_t behind) {
+  return place < count && list[place] < behind ? list[place] : kNone;
+}
+
+// What the rows that are worked on give to the keys of one range. A key's part is summed before it is added to what there
+// is: rounding then grows with the rows at once and the number of such parts, not with all rows.
 template <class T, class Wide>
 MS_INLINE void one_range(const Job& job, int64_t item) {
-  const int64_t ranges = (job.keys + kRange - 1) / kRange;
+  const int64_t ranges = (job.keys + kRange - 1) / kRange, rows = job.behind - job.first;
   const int64_t b = item / ranges / job.groups, kv = item / ranges % job.groups, range = item % ranges;
   const int64_t low = range * kRange, high = std::min(job.keys, low + kRange);
   Wide* dkey = static_cast<Wide*>(job.dkey) + (b * job.groups + kv) * job.keys * job.features;
   Wide* dvalue = static_cast<Wide*>(job.dvalue) + (b * job.groups + kv) * job.keys * job.value_features;
-  Wide query_buffer[kMaxHead], doutput_buffer[kMaxHead];
-  for (int64_t r = job.first; r < job.behind; ++r) {
-    const int32_t* list = job.lists.at(b, kv, r);
+  Wide query_buffer[kMaxHead], doutput_buffer[kMaxHead], key_sums[kMaxHead], value_sums[kMaxHead];
+  Cursors at;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t* list = job.lists.at(b, kv, job.first + r);
     const int64_t count = job.lists.count(list);
-    const int64_t begin = std::lower_bound(list, list + count, low) - list;
-    const int64_t end = std::lower_bound(list + begin, list + count, high) - list;
-    if (begin == end) continue;
-    for (int64_t h = 0; h < job.group; ++h) {
-      const Wide *p = static_cast<const Wide*>(job.scratch) + job.place(b, kv, r) + h * 2 * job.lists.length;
-      const Wide* ds = p + job.lists.length;
-      const int64_t head = kv * job.group + h;
-      const Wide* q = wide_row(job.query.at<T>(b, head, r), job.features, query_buffer);
-      const Wide* dy = wide_row(job.doutput.at<T>(b, head, r), job.value_features, doutput_buffer);
-      for (int64_t i = begin; i < end; ++i) {
-        add_row(ds[i], q, job.features, dkey + list[i] * job.features);
-        add_row(p[i], dy, job.value_features, dvalue + list[i] * job.value_features);
-      }
+    at.place[r] = std::lower_bound(list, list + count, low) - list;
+    at.next[r] = next_key(list, at.place[r], count, high);
+  }
+  for (int64_t key = low; key < high; ++key) {
+    int32_t found[kMaxRows];
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      found[count] = static_cast<int32_t>(r);
+      count += at.next[r] == key;
     }
+    if (count == 0) continue;
+    std::fill(key_sums, key_sums + job.features, Wide(0));
+    std::fill(value_sums, value_sums + job.value_features, Wide(0));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = job.first + found[i], place = at.place[found[i]];
+      const Wide* scratch = static_cast<const Wide*>(job.scratch) + job.place(b, kv, r) + place;
+      for (int64_t h = 0; h < job.group; ++h) {
+        const Wide *p = scratch + h * 2 * job.lists.length, *ds = p + job.lists.length;
+        const int64_t head = kv * job.group + h;
+        const Wide* q = wide_row(job.query.at<T>(b, head, r), job.features, query_buffer);
+        const Wide* dy = wide_row(job.doutput.at<T>(b, head, r), job.value_features, doutput_buffer);
+        add_row(*ds, q, job.features, key_sums);
+        add_row(*p, dy, job.value_features, value_sums);
+      }
+      const int32_t* list = job.lists.at(b, kv, r);
+      at.place[found[i]] = place + 1;
+      at.next[found[i]] = next_key(list, place + 1, job.lists.length, high);
+    }
+    add_row(Wide(1), key_sums, job.features, dkey + key * job.features);
+    add_row(Wide(1), value_sums, job.value_features, dvalue + key * job.value_features);
   }
 }
 

@@ -227,12 +227,7 @@ def test_padding_on_the_left_changes_nothing(name: str) -> None:
     torch.testing.assert_close(padded[0], whole[0], rtol=1e-4, atol=1e-5)
 
 
-PADDING_CHOOSES = "queries that are padding have a say in the choice of the block that they share with real ones"
-
-
-@pytest.mark.parametrize(
-    "granularity", ["token", pytest.param("block", marks=pytest.mark.xfail(strict=True, reason=PADDING_CHOOSES))]
-)
+@pytest.mark.parametrize("granularity", ["token", "block"])
 def test_padding_in_an_encoder_never_reaches_real_tokens(granularity: str) -> None:
     """Padding that ends within a block of queries."""
     keep = 8 if granularity == "token" else 48

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
@@ -131,8 +132,11 @@ def _blocks(
     # A query must not depend on what comes after it, not even by the choice of keys that it shares with its block. A
     # mask for each query may hide what comes after, too, and queries that attend to others may come from a decoder.
     ordered = see.is_causal or not see.local or (see.mask is not None and see.mask.shape[2] > 1)
-    chosen_by = (_first_queries if ordered else _means)(query, rows, size).unflatten(1, (groups, -1))
-    chosen_by = chosen_by.transpose(2, 3).flatten(3, 4)  # (B, kv, N, g r, D)
+    if ordered:
+        chosen_by = _first_queries(query, rows, size)
+    else:
+        chosen_by = _means(query, rows, size, _no_padding(see.mask, query, codes.shape[3]))
+    chosen_by = chosen_by.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)  # (B, kv, N, g r, D)
     shape = chosen_by.shape[2:4]
     table, step = ops.pq_table(chosen_by.flatten(2, 3) * scale, codebook)
     levels = torch.arange(-255, 1, device=query.device, dtype=torch.float32)
@@ -141,7 +145,7 @@ def _blocks(
         table.unflatten(2, shape),
         weights.unflatten(2, shape),
         codes,
-        _counting(see.mask, size, ordered),
+        _counting(see.mask, size, see.local),
         see.is_causal,
         see.window,
         see.position,
@@ -158,23 +162,36 @@ def _first_queries(query: Tensor, rows: slice, size: int) -> Tensor:
     return query[:, :, places.clamp_(min=0)].float()
 
 
-def _means(query: Tensor, rows: slice, size: int) -> Tensor:
-    """query (B, h, T, D) -> (B, h, N, r, D) float32: means of some queries in a row of each block of `rows`."""
+def _means(query: Tensor, rows: slice, size: int, real: Tensor | None) -> Tensor:
+    """query (B, h, T, D) -> (B, h, N, r, D) float32: means of some queries in a row of each block of `rows`.
+
+    real: (B or 1, h or 1, T) bool, the queries that are no padding; None for all.
+    """
     pooled = math.gcd(size, ROWS_OF_REPRESENTATIVE)
     query = query[:, :, rows].float()
     missing = -query.shape[2] % size
-    if missing:
-        query = torch.cat((query, query[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
-    return query.unflatten(2, (-1, size // pooled, pooled)).mean(4)
+    counts = torch.ones(1, 1, query.shape[2], 1, device=query.device) if real is None else real[:, :, rows, None].float()
+    if real is not None:
+        query = query * counts
+    query, counts = (F.pad(t, (0, 0, 0, missing)).unflatten(2, (-1, size // pooled, pooled)) for t in (query, counts))
+    return query.sum(4) / counts.sum(4).clamp_(min=1)
 
 
-def _counting(mask: Tensor | None, size: int, ordered: bool) -> Tensor | None:
-    """mask (B, kv, R, S) -> (B, kv, N, S): which keys count for a block; those of its first query, or of any."""
+def _no_padding(mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
+    """Which queries of self-attention are no padding, (B or 1, h or 1, T), from the mask of the keys; None for all."""
+    if mask is None or query.shape[2] != keys:
+        return None
+    of_keys = mask[:, :, 0]
+    return of_keys if of_keys.shape[1] == 1 else of_keys.repeat_interleave(query.shape[1] // of_keys.shape[1], 1)
+
+
+def _counting(mask: Tensor | None, size: int, local: bool) -> Tensor | None:
+    """mask (B, kv, R, S) -> (B, kv, N, S): which keys count for a block.
+
+    Those that its first query sees where keys have an order; those that any query sees where they have none.
+    """
     if mask is None or mask.shape[2] == 1:
         return mask
-    if ordered:
+    if local:
         return mask[:, :, ::size]
-    missing = -mask.shape[2] % size
-    if missing:
-        mask = torch.cat((mask, mask[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
-    return mask.unflatten(2, (-1, size)).any(3)
+    return F.pad(mask, (0, 0, 0, -mask.shape[2] % size)).unflatten(2, (-1, size)).any(3)

@@ -49,7 +49,7 @@ def pq_select_blocks(
 
     Args:
         table: (B, H, N, r, M, 16) uint8, from `pq_table`.
-        weights: (B, H, N, r, 256) int32, not negative: of each sum.
+        weights: (B, H, N, r, 256) int32, from 0 to 2^24: of each sum.
         codes: (B, H, P, S) uint8, from `pq_encode`.
         mask: bool, True where a key counts for the block, broadcast to (B, H, N, S); or None.
         is_causal: a key counts only at the place of the first query of the block, or before.

@@ -41,7 +41,8 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q K^T) V over the keys that `indices` names and that are visible, computed at least in float32.
 
-    A query that sees no key gets zeros, and a log-sum-exp of -inf.
+    A query that sees no key gets zeros, and a log-sum-exp of -inf. Values that are not finite may reach queries that do
+    not see them, through blocks that are chosen in part.
 
     Args:
         query: (B, h, R, D) floating point, any strides.

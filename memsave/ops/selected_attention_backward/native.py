@@ -16,6 +16,7 @@ from . import reference
 
 SCRATCH_BYTES = 2 * 2**20
 """What probabilities and gradients of scores of the rows that are worked on at once may take."""
+MAX_ROWS = 256  # kMaxRows in csrc/selected_attention_backward.cpp
 
 _kernel = function(
     "ms_selected_attention_backward",
@@ -63,7 +64,7 @@ def launch(
 def rows_at_once(query: Tensor, indices: Tensor) -> int:
     """Of each head."""
     row_bytes = 2 * query.shape[0] * query.shape[1] * indices.shape[3] * statistics_dtype(query).itemsize
-    return max(1, min(query.shape[2], SCRATCH_BYTES // max(1, row_bytes)))
+    return max(1, min(query.shape[2], MAX_ROWS, SCRATCH_BYTES // max(1, row_bytes)))
 
 
 def _scratch_elements(query: Tensor, indices: Tensor, rows: int) -> int:
