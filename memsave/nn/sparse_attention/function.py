@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ... import ops
+from ...ops.selected_attention import tiled
+from ...ops.selected_attention.blocks import Dropping
+from ...ops.selected_attention_backward import tiled as tiled_backward
 from ..attention import dtype_of_attention
 from ..eager import no_autocast, once_differentiable
 from .selecting import Choice, Visibility, choose, chunk_rows
@@ -29,8 +33,12 @@ def attend(
     choice: Choice,
     see: Visibility,
     scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale * q k^T) v over the chosen keys: (B, h, T, E), whose memory is that of (B, T, h, E).
+
+    With `dropout` in (0, 1), that share of the weights is dropped, as in torch's attention, by plain PyTorch on every
+    device; a seed is drawn from torch's generator and kept for backward.
 
     The codebook gets no gradient, and nothing reaches queries or keys through the choice. A query that sees no key
     gives zeros. Computed in the dtype that torch's attention would take under autocast.
@@ -39,7 +47,9 @@ def attend(
     query, key, value = (t.to(dtype) for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with no_autocast(query):
-        output: Tensor = _Attention.apply(query, key, value, codebook, see.mask, choice, see._replace(mask=None), scale)
+        seed = ops.new_seed(query) if dropout else None
+        settings = choice, see._replace(mask=None), scale, dropout
+        output: Tensor = _Attention.apply(query, key, value, codebook, see.mask, seed, settings)
     return output
 
 
@@ -52,34 +62,48 @@ class _Attention(torch.autograd.Function):
         value: Tensor,
         codebook: Tensor,
         mask: Tensor | None,
-        choice: Choice,
-        see: Visibility,
-        scale: float,
+        seed: Tensor | None,
+        settings: tuple[Choice, Visibility, float, float],
     ) -> Tensor:
+        *how, dropout = settings
+        attention = ops.selected_attention if seed is None else tiled.selected_attention
         batch, heads, rows, _ = query.shape
         output = query.new_empty(batch, rows, heads, value.shape[3]).transpose(1, 2)
         logsumexp = query.new_empty(batch, heads, rows, dtype=torch.promote_types(query.dtype, torch.float32))
-        for part, lists, settings in _parts(query, key, codebook, mask, choice, see, scale):
-            output[:, :, part], logsumexp[:, :, part] = ops.selected_attention(
-                query[:, :, part], key, value, lists, *settings
+        for part, lists, given in _parts(query, key, codebook, mask, *how):
+            output[:, :, part], logsumexp[:, :, part] = attention(
+                query[:, :, part], key, value, lists, *given, *_dropping(seed, dropout, part)
             )
-        ctx.settings = choice, see, scale
-        ctx.save_for_backward(query, key, value, codebook, mask, output, logsumexp)
+        ctx.settings = settings
+        ctx.save_for_backward(query, key, value, codebook, mask, seed, output, logsumexp)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, codebook, mask, output, logsumexp = ctx.saved_tensors
+        query, key, value, codebook, mask, seed, output, logsumexp = ctx.saved_tensors
+        *how, dropout = ctx.settings
+        differentiate = ops.selected_attention_backward
+        if seed is not None:
+            differentiate = tiled_backward.selected_attention_backward
         dquery = torch.empty_like(query)
         dkey, dvalue = (torch.zeros(t.shape, dtype=logsumexp.dtype, device=t.device) for t in (key, value))
         with no_autocast(query):
-            for part, lists, settings in _parts(query, key, codebook, mask, *ctx.settings):
-                dquery[:, :, part] = ops.selected_attention_backward(
-                    *(doutput[:, :, part], query[:, :, part], key, value, lists, settings[0]),
-                    *(output[:, :, part], logsumexp[:, :, part], dkey, dvalue, *settings[1:]),
+            for part, lists, (shown, *given) in _parts(query, key, codebook, mask, *how):
+                dquery[:, :, part] = differentiate(
+                    *(doutput[:, :, part], query[:, :, part], key, value, lists, shown, output[:, :, part]),
+                    *(logsumexp[:, :, part], dkey, dvalue, *given, *_dropping(seed, dropout, part)),
                 )
-        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None, None, None, None
+        return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None, None, None, None
+
+
+def _dropping(seed: Tensor | None, dropout: float, part: slice) -> tuple[Dropping, ...]:
+    """Which weights of some queries are dropped: an argument, or none. The same ones for the same seed."""
+    if seed is None:
+        return ()
+    generator = torch.Generator(seed.device)
+    generator.manual_seed(0 if is_fake(seed) else (int(seed) + part.start) % 2**63)
+    return (Dropping(dropout, generator),)
 
 
 def _parts(
@@ -101,7 +125,7 @@ def _parts(
 def kept_bytes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes that `attend` keeps for backward, from the shapes of its tensors: what torch's fused attention keeps.
 
-    Query, key, value, the output (B, h, T, E), and a number of at least float32 for each of its rows.
+    Query, key, value, the output (B, h, T, E), and a number of at least float32 for each of its rows; with dropout 8 more.
     """
     rows = prod(query[:3])
     statistics = rows * torch.promote_types(dtype, torch.float32).itemsize

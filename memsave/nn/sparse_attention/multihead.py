@@ -37,8 +37,7 @@ class SparseMultiheadAttention(Converted):
         """As `nn.MultiheadAttention.forward`.
 
         Raises:
-            ValueError: need_weights=True where attention is sparse, dropout while training, or a mask that does more
-                than hide keys.
+            ValueError: need_weights=True where attention is sparse, or a mask that does more than hide keys.
         """
         given = query, key, value, key_padding_mask, attn_mask, is_causal
         if query.is_nested:

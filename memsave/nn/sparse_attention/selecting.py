@@ -170,7 +170,9 @@ def _means(query: Tensor, rows: slice, size: int, real: Tensor | None) -> Tensor
     pooled = math.gcd(size, ROWS_OF_REPRESENTATIVE)
     query = query[:, :, rows].float()
     missing = -query.shape[2] % size
-    counts = torch.ones(1, 1, query.shape[2], 1, device=query.device) if real is None else real[:, :, rows, None].float()
+    counts = (
+        torch.ones(1, 1, query.shape[2], 1, device=query.device) if real is None else real[:, :, rows, None].float()
+    )
     if real is not None:
         query = query * counts
     query, counts = (F.pad(t, (0, 0, 0, missing)).unflatten(2, (-1, size // pooled, pooled)) for t in (query, counts))

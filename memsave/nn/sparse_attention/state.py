@@ -112,11 +112,7 @@ def attention(
     dense: Callable[[], Tensor],
     dropout: float = 0.0,
 ) -> Tensor:
-    """The attention of a converted module, (B, h, T, E); `dense` computes it without leaving any key out.
-
-    Raises:
-        ValueError: dropout where attention is sparse.
-    """
+    """The attention of a converted module, (B, h, T, E); `dense` computes it without leaving any key out."""
     state = state_of(module)
     assert state is not None  # only converted modules call this
     if state.watch is not None:
@@ -129,12 +125,9 @@ def attention(
     all_kept = state.choice.num_keys(keys) >= keys
     if keys < state.dense_below or all_kept or not codebook.shape[0] or not query.shape[2]:
         return dense()
-    if dropout:
-        raise ValueError(
-            f"{type(module).__name__}: sparse attention has no dropout of its weights, and the module asks for "
-            f"{dropout}; set the model's attention dropout to 0"
-        )
-    return attend(query, key, value, codebook.float(), state.choice, see, scale)
+    if dropout >= 1:  # nothing is left of what any key would give
+        return dense()
+    return attend(query, key, value, codebook.float(), state.choice, see, scale, dropout)
 
 
 def _seen_keys(see: Visibility, key: Tensor) -> Tensor | None:

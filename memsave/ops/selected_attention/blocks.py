@@ -28,6 +28,23 @@ class Visibility(NamedTuple):
     position: int
 
 
+class Dropping(NamedTuple):
+    """Which weights are dropped: drawn anew for each chunk, the same ones in forward and backward from equal generators.
+
+    Attributes:
+        share: of the weights that is dropped, in (0, 1).
+        generator: on the device of the tensors.
+    """
+
+    share: float
+    generator: torch.Generator
+
+    def factors(self, weights: Tensor) -> Tensor:
+        """What `weights` are to be multiplied with: 0, or 1 / (1 - share)."""
+        kept = 1 - self.share
+        return torch.empty_like(weights).bernoulli_(kept, generator=self.generator).div_(kept)
+
+
 class Head(NamedTuple):
     """One key/value head: query (g, R, D), key (S, D), value (S, E), indices (N, K)."""
 

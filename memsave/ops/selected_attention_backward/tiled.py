@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..selected_attention.blocks import (
+    Dropping,
     Head,
     Visibility,
     by_query_block,
@@ -41,7 +42,9 @@ def selected_attention_backward(
     position: int,
     block_size: int,
     scale: float,
+    dropping: Dropping | None = None,
 ) -> Tensor:
+    """What the op returns and adds; with `dropping`, for what forward dropped."""
     dquery = query.new_zeros(query.shape)
     if 0 in (query.shape[1], key.shape[2], indices.shape[3]):
         return dquery
@@ -49,13 +52,14 @@ def selected_attention_backward(
     with torch.autocast(query.device.type, enabled=False):
         for b, g, of_queries, head in heads(query, key, value, indices, visibility, block_size):
             given = doutput[b, of_queries], output[b, of_queries], logsumexp[b, of_queries]
-            _differentiate(head, scale, *given, dquery[b, of_queries], dkey[b, g], dvalue[b, g])
+            _differentiate(head, scale, dropping, *given, dquery[b, of_queries], dkey[b, g], dvalue[b, g])
     return dquery
 
 
 def _differentiate(
     head: Head,
     scale: float,
+    dropping: Dropping | None,
     doutput: Tensor,
     output: Tensor,
     logsumexp: Tensor,
@@ -70,7 +74,7 @@ def _differentiate(
     for part in chunks(head):
         rows = row_slice(head, part)
         given = doutput[:, rows], output[:, rows], logsumexp[:, rows, None]
-        _differentiate_chunk(head, part, key, value, scale, *given, dquery[:, rows], *sums)
+        _differentiate_chunk(head, part, key, value, scale, dropping, *given, dquery[:, rows], *sums)
     for total, of in zip(sums, (dkey, dvalue), strict=True):
         of += total.view(len(total) * size, of.shape[1])[:count]
 
@@ -81,6 +85,7 @@ def _differentiate_chunk(
     key: Tensor,
     value: Tensor,
     scale: float,
+    dropping: Dropping | None,
     doutput: Tensor,
     output: Tensor,
     logsumexp: Tensor,
@@ -98,8 +103,13 @@ def _differentiate_chunk(
     shift = by_query_block(logsumexp, blocks, size)
     # A row that sees nothing has -inf in both.
     p = scores(head, part, q, k, scale).sub_(shift.masked_fill_(shift == float("-inf"), 0.0)).exp_()
-    dvalue.index_add_(0, flat, torch.bmm(p.mT, dy).view(len(flat), dvalue.shape[1]))
-    ds = torch.bmm(dy, v.mT).sub_(delta).mul_(p).mul_(scale)
+    dropped = None if dropping is None else dropping.factors(p)
+    weights = p if dropped is None else p * dropped
+    dvalue.index_add_(0, flat, torch.bmm(weights.mT, dy).view(len(flat), dvalue.shape[1]))
+    dp = torch.bmm(dy, v.mT)
+    if dropped is not None:
+        dp.mul_(dropped)
+    ds = dp.sub_(delta).mul_(p).mul_(scale)
     dkey.index_add_(0, flat, torch.bmm(ds.mT, q).view(len(flat), dkey.shape[1]))
     write_rows(torch.bmm(ds, k), dquery, size)
 
