@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import memsave
 from memsave import MemsaveError, NoMatchError, SparseMHAConfig

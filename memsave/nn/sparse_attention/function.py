@@ -65,12 +65,12 @@ class _Attention(torch.autograd.Function):
         seed: Tensor | None,
         settings: tuple[Choice, Visibility, float, float],
     ) -> Tensor:
-        *how, dropout = settings
+        choice, see, scale, dropout = settings
         attention = ops.selected_attention if seed is None else tiled.selected_attention
         batch, heads, rows, _ = query.shape
         output = query.new_empty(batch, rows, heads, value.shape[3]).transpose(1, 2)
         logsumexp = query.new_empty(batch, heads, rows, dtype=torch.promote_types(query.dtype, torch.float32))
-        for part, lists, given in _parts(query, key, codebook, mask, *how):
+        for part, lists, given in _parts(query, key, codebook, mask, choice, see, scale):
             output[:, :, part], logsumexp[:, :, part] = attention(
                 query[:, :, part], key, value, lists, *given, *_dropping(seed, dropout, part)
             )
@@ -82,14 +82,14 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, codebook, mask, seed, output, logsumexp = ctx.saved_tensors
-        *how, dropout = ctx.settings
+        choice, see, scale, dropout = ctx.settings
         differentiate = ops.selected_attention_backward
         if seed is not None:
             differentiate = tiled_backward.selected_attention_backward
         dquery = torch.empty_like(query)
         dkey, dvalue = (torch.zeros(t.shape, dtype=logsumexp.dtype, device=t.device) for t in (key, value))
         with no_autocast(query):
-            for part, lists, (shown, *given) in _parts(query, key, codebook, mask, *how):
+            for part, lists, (shown, *given) in _parts(query, key, codebook, mask, choice, see, scale):
                 dquery[:, :, part] = differentiate(
                     *(doutput[:, :, part], query[:, :, part], key, value, lists, shown, output[:, :, part]),
                     *(logsumexp[:, :, part], dkey, dvalue, *given, *_dropping(seed, dropout, part)),
@@ -125,7 +125,8 @@ def _parts(
 def kept_bytes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes that `attend` keeps for backward, from the shapes of its tensors: what torch's fused attention keeps.
 
-    Query, key, value, the output (B, h, T, E), and a number of at least float32 for each of its rows; with dropout 8 more.
+    Query, key, value, the output (B, h, T, E), and a number of at least float32 for each of its rows; 8 more with
+    dropout.
     """
     rows = prod(query[:3])
     statistics = rows * torch.promote_types(dtype, torch.float32).itemsize

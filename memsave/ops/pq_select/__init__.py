@@ -1,7 +1,8 @@
 """For each query, the keys with the largest estimated products: a number of them, without repeats, none that is hidden.
 
 B sequences, H heads, R rows of queries, S keys, M subspaces, P = ceil(M / 2), K keys to keep. Sparse multi-head
-attention of SPT (arXiv 2312.10365), whose own kernels count equal codes instead, and repeat key 0 where there are fewer than K.
+attention of SPT (arXiv 2312.10365), whose own kernels count equal codes instead, and repeat key 0 where there are fewer
+than K.
 """
 
 from __future__ import annotations

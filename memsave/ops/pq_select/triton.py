@@ -1,7 +1,7 @@
 """Triton kernels of `pq_select`: estimates of some rows, and of each row the keys above a threshold.
 
 B sequences, H heads, R rows, S keys, M subspaces, K keys to keep. The first kernel writes estimates in 16 bits, -1 for
-hidden keys. In the second a program has one row: it finds the largest estimate that at least K keys reach, by halving,
+keys that the mask hides. In the second a program has one row: it finds the largest estimate that at least K keys reach, by halving,
 then goes over the keys once more and writes those above it and the last ones of those equal to it. Nothing is sorted.
 """
 
@@ -58,17 +58,13 @@ def estimate_kernel(
     start = (tl.program_id(0) % key_tiles).to(tl.int64) * BLOCK_S
     s = (start + tl.arange(0, BLOCK_S))[None, :]
     row, inside = (FIRST + r)[:, None], (r < rows)[:, None] & (s < S)
-    own = row + position
     bottom = FIRST + (tile % row_tiles).to(tl.int64) * BLOCK_R + position
     begin, end = visible_range(bottom, bottom + BLOCK_R - 1, S, window, IS_CAUSAL)
     if (start < end) & (start + BLOCK_S > begin):  # the second kernel reads no others
-        sees = inside & (s >= begin) & (s < end)
-        if IS_CAUSAL:
-            sees = sees & (s <= own)
-        sees = sees & (s > tl.where(window > 0, own - window, -1))
+        sees = inside
         if mask is not None:
             at = mask + b * stride_mask_b + h * stride_mask_h + row * stride_mask_r
-            sees = sees & (tl.load(at + s * stride_mask_s, mask=sees, other=0) != 0)
+            sees = inside & (tl.load(at + s * stride_mask_s, mask=inside, other=0) != 0)
         # Rows behind the last one read its table.
         of_row = table + b * stride_table_b + h * stride_table_h + tl.minimum(row, FIRST + rows - 1) * stride_table_r
         total = estimates(

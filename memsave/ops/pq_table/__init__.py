@@ -1,7 +1,8 @@
 """Product quantization: the inner products of each query with all codewords, in integers that add up in a byte.
 
 B sequences, H heads, R rows of D = M * d features, M subspaces, C codewords. The estimate of a product q k is the sum
-over subspaces of the entry of k's code ("asymmetric distance computation", Jégou et al. 2011; in bytes: André et al. 2015).
+over subspaces of the entry of k's code ("asymmetric distance computation", Jégou et al. 2011; in bytes: André et al.
+2015).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def pq_table(query: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """table[m, c] = floor((q_m codebook[m, c] - min_m) / step), computed in float32.
 
     min_m is the least product of subspace m and step the sum over subspaces of largest minus least, over 255: so
-    entries of M subspaces add up to 255 at most, and their sum times step is an estimate of q k, up to what a row shares.
+    entries of M subspaces add up to 255 at most, and their sum times step is an estimate of q k, up to what the keys
+    of a row share.
 
     Args:
         query: (B, H, R, D) floating point, any strides.

@@ -29,7 +29,7 @@ class Visibility(NamedTuple):
 
 
 class Dropping(NamedTuple):
-    """Which weights are dropped: drawn anew for each chunk, the same ones in forward and backward from equal generators.
+    """Which weights are dropped: drawn for each chunk, the same ones in forward and backward from equal generators.
 
     Attributes:
         share: of the weights that is dropped, in (0, 1).
