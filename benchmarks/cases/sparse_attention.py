@@ -105,7 +105,7 @@ class ContinuedCase(DemoCase):
 
     kind: ClassVar[str] = "continued"
 
-    seeds: int = 2
+    seeds: int = 1
     steps: int = 200
     further_steps: int = 60
     further_lr: float = 5e-4
