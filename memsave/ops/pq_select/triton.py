@@ -1,8 +1,9 @@
 """Triton kernels of `pq_select`: estimates of some rows, and of each row the keys above a threshold.
 
 B sequences, H heads, R rows, S keys, M subspaces, K keys to keep. The first kernel writes estimates in 16 bits, -1 for
-keys that the mask hides. In the second a program has one row: it finds the largest estimate that at least K keys reach, by halving,
-then goes over the keys once more and writes those above it and the last ones of those equal to it. Nothing is sorted.
+keys that the mask hides. In the second a program has one row: among the keys that the row may see it finds the largest
+estimate that at least K keys reach, by halving, then goes over them once more and writes those above it and the last
+ones of those equal to it. Nothing is sorted.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

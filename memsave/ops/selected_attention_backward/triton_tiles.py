@@ -22,7 +22,7 @@ def query_tile(
         return min(power_of_2(rows), 32 if masked or widest > 128 else 64), 16 if widest > 128 else 32, 4, 1
     block_m = min(power_of_2(rows), 32 if masked else 64)
     if widest > 128:
-        return block_m, 16, 8, 2
+        return (block_m, 32, 8, 1) if masked else (block_m, 16, 8, 2)
     return block_m, 32 if masked else 64, 8 if block_m == 64 else 4, 2 if masked else 3
 
 
@@ -35,7 +35,7 @@ def key_tile(
     if dtype.itemsize == 4:
         return 16, block_n, 4, 1
     if warp_threads == 64:
-        return 32 if widest <= 128 else 16, block_n, 4, 1
+        return 16 if masked or widest > 128 else 32, block_n, 4, 1
     if masked:
         return 32 if widest <= 128 else 16, block_n, 4 if widest <= 64 or block_n == 16 else 8, 2
     block_m = 64 if widest <= (128 if block_n == 16 else 64) else 32

@@ -23,7 +23,7 @@ def interpreter() -> None:
 @pytest.fixture(autouse=True)
 def small_tiles(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few keys are several tiles, and a few queries several chunks."""
-    sizes = {"CHUNK_BYTES": 2000, "ESTIMATE_KEYS": 32, "SUM_KEYS": 32, "ROW_KEYS": 32, "ROW_BLOCKS": 8}
+    sizes = {"CHUNK_BYTES": 2000, "ESTIMATE_KEYS": 16, "SUM_KEYS": 32, "ROW_KEYS": 32, "ROW_BLOCKS": 8}
     for name, size in sizes.items():
         monkeypatch.setattr(f"memsave.ops.triton_codes.{name}", size)
     monkeypatch.setattr(import_module("memsave.ops.selected_attention_backward.triton_tiles"), "CHUNK_INDICES", 200)
