@@ -5,7 +5,6 @@
 // a group's keys are compared with a codeword at once.
 #include <cmath>
 
-#include "row_blocks.h"
 #include "product_quantization.h"
 #include "token_tiles.h"
 

@@ -7,7 +7,6 @@
 #include <cmath>
 
 #include "exponential.h"
-#include "row_blocks.h"
 #include "token_tiles.h"
 
 namespace memsave {
