@@ -92,6 +92,13 @@ def test_flash_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memsave.restore_model(given["model"], allow_lossy=True)
 
 
+def test_sparse_mha(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = run_page("sparse_mha.md", tmp_path, monkeypatch, **for_inference())
+    assert "model.layers.{0-3}.self_attn" in str(given["report"])
+    assert (tmp_path / "sparse" / "memsave.json").is_file()
+    assert applied_configs(given["model"].model.layers[0].self_attn) == {}
+
+
 @pytest.mark.skipif(_native.library() is None, reason=f"the README shows C++ kernels: {_native.state()}")
 def test_the_reports_in_the_readme_are_those_of_the_demos_model() -> None:
     """The groups as they stand there; the bytes within 2%, since torch's versions differ."""
