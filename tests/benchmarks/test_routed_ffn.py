@@ -59,7 +59,7 @@ def test_a_block_that_differs_from_its_reference_gets_no_figures(monkeypatch: py
 
     routed = RoutedFFN._routed
     monkeypatch.setattr(RoutedFFN, "_routed", wrong)
-    with pytest.raises(CheckFailed, match=r"memsave, 1 of 4: its result for \w+ has .*x the plain model's error"):
+    with pytest.raises(CheckFailed, match=r"memsave, 1 of 4: its result for [\w.]+ has .*x the plain model's error"):
         run_routed_ffn_case(tiny(), "cpu", 2)
 
 

@@ -42,6 +42,16 @@ MISTAKES = {
     "layer_norm_backward": ("columns, 2, 4)", "columns, 1, 4)", "heap-buffer-overflow"),
     "pack_bits": ("source + 8 * whole, source + columns", "source + 8 * whole, source + columns + 1", "overflow"),
     "masked_scale": ("j + 32 <= n", "j < n", "buffer-overflow"),
+    "pq_encode": ("std::min(kKeys, job.keys - first)", "kKeys", "heap-buffer-overflow"),
+    "pq_table": ("batch * heads * rows, std::max", "batch * heads * rows + 1, std::max", "heap-buffer-overflow"),
+    "pq_select": ("out + job.keep, -1)", "out + job.keep + 1, -1)", "heap-buffer-overflow"),
+    "pq_select_blocks": ("out + job.keep, -1)", "out + job.keep + 1, -1)", "heap-buffer-overflow"),
+    "selected_attention": ("c < width; ++c", "c <= width; ++c", "heap-buffer-overflow"),
+    "selected_attention_backward": (
+        "c < job.features; ++c) narrow_to",
+        "c <= job.features; ++c) narrow_to",
+        "heap-buffer-overflow",
+    ),
 }
 
 

@@ -15,8 +15,16 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("tests", ["test_kernels.py", "test_mutants.py"])
-def test_in_the_interpreter(tests: str) -> None:
+CHOOSING = "pq_ or selected_"
+PARTS = [  # of about equal length, so that several workers may share them
+    ("test_kernels.py", ""),
+    ("test_mutants.py", CHOOSING),
+    ("test_mutants.py", f"not ({CHOOSING})"),
+]
+
+
+@pytest.mark.parametrize(("tests", "chosen"), PARTS)
+def test_in_the_interpreter(tests: str, chosen: str) -> None:
     triton = pytest.importorskip("triton", reason="the triton package is not installed")
     if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of triton 3.6 fails on numpy 2.4 and later, where 0-d arrays are strict")
@@ -24,6 +32,7 @@ def test_in_the_interpreter(tests: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", f"tests/triton/interpreted/{tests}", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", chosen] if chosen else []
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     output = run.stdout + run.stderr
     assert run.returncode == 0, output
