@@ -27,6 +27,7 @@ IMAGES = ROOT / "docs" / "img"
 DIGEST = "Digest"  # the key in the picture's metadata
 MEMORY, TIME, OP = "#4c72b0", "#dd8452", "#55a868"
 INCHES_PER_BAR = 0.26
+MANY = 20  # cases in one plot, which is drawn with fewer dots then
 # Colour-blind readers can tell them apart.
 LINES = ("black", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")  # one for each of LINES
@@ -57,7 +58,7 @@ class Plot:
 
         if not self.is_current():
             drawn, notes = BytesIO(), PngImagePlugin.PngInfo()
-            self.draw(self.shown).savefig(drawn, dpi=100)
+            self.draw(self.shown).savefig(drawn, dpi=80 if len(self.shown) > MANY else 100)
             notes.add_text(DIGEST, self.digest())
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # 64 colours are enough for curves and bars, and the file is several times smaller.
