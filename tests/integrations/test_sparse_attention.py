@@ -232,8 +232,9 @@ def test_padding_in_an_encoder_never_reaches_real_tokens(granularity: str) -> No
     """Padding that ends within a block of queries."""
     keep = 8 if granularity == "token" else 48
     model = converted(made("BERT"), [batch("BERT")], granularity=granularity, keep=keep)
-    ids, mask = batch("BERT")["input_ids"], torch.ones(2, 72, dtype=torch.long)
+    ids = batch("BERT")["input_ids"]
     for real in (50, 53, 57, 69):
+        mask = torch.ones(2, 72, dtype=torch.long)
         mask[1, real:] = 0
         other = ids.clone()
         other[1, real:] = 5

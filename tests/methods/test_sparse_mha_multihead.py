@@ -125,8 +125,6 @@ def test_dense_calls_are_those_of_torch(name: str, need_weights: str | None) -> 
 def test_sparse_attention_to_all_keys_is_torchs(name: str, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the lists: what is hidden stays hidden, and gradients reach all parameters."""
     settings, given = CALLS[name]
-    if granularity == "block" and "attn_mask" in given and "is_causal" not in given:
-        pytest.skip("of a mask for each query, blocks of which the first query sees nothing are left out")
     plain, inputs = attention(**settings), tensors(*shapes(settings))
     module = converted(plain, *inputs, granularity=granularity)
     calls = all_keys(monkeypatch)

@@ -54,8 +54,8 @@ class KeySample:
 def fit(sample: Tensor, subspaces: int, codewords: int) -> Tensor:
     """The codebook with the least squared error that k-means finds on a sample (G, N, D), N from 1 on.
 
-    It starts from keys of the sample that are far from each other ("k-means++", Arthur & Vassilvitskii 2007, taking the
-    farthest one instead of drawing), so the same sample gives the same codebook.
+    It starts from keys of the sample that are far from each other, as "k-means++" does (Arthur & Vassilvitskii 2007),
+    but without drawing, so that the same sample gives the same codebook.
     """
     groups, count, size = sample.shape
     points = sample.unflatten(2, (subspaces, -1)).transpose(1, 2).flatten(0, 1).contiguous()  # (G M, N, d)
@@ -101,11 +101,9 @@ def follow(codebook: Tensor, counts: Tensor, sample: Tensor, decay: float) -> tu
 
     Counts weigh a step by its share of 1, so that its number of keys does not matter.
     """
-    groups, subspaces, codewords, features = codebook.shape
-    codes = ops.pq_encode(sample[None], codebook)[0]  # (G, P, N)
-    both = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1, 2)[:, :subspaces]  # (G, M, N)
+    _, subspaces, codewords, _ = codebook.shape
     points = sample.unflatten(2, (subspaces, -1)).transpose(1, 2).flatten(0, 1)  # (G M, N, d)
-    sums, new = _sums(points, both.flatten(0, 1).long(), codewords)
+    sums, new = _sums(points, _nearest(codebook, sample), codewords)
     share = (1 - decay) / sample.shape[1]
     old = counts.flatten(0, 1) * decay  # (G M, C)
     total = old + new * share
@@ -122,9 +120,14 @@ def follow(codebook: Tensor, counts: Tensor, sample: Tensor, decay: float) -> tu
 @torch.no_grad()
 def first_counts(codebook: Tensor, sample: Tensor) -> Tensor:
     """Counts (G, M, C) of a codebook that was just fitted to `sample`."""
-    groups, subspaces, codewords, _ = codebook.shape
-    codes = ops.pq_encode(sample[None], codebook)[0]
-    both = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1, 2)[:, :subspaces].flatten(0, 1)  # (G M, N)
-    counts = sample.new_zeros(both.shape[0], codewords)
-    counts.scatter_add_(1, both.long(), torch.ones_like(both, dtype=sample.dtype))
-    return (counts / sample.shape[1]).view(groups, subspaces, codewords)
+    nearest = _nearest(codebook, sample)
+    counts = sample.new_zeros(len(nearest), codebook.shape[2])
+    counts.scatter_add_(1, nearest, torch.ones_like(nearest, dtype=sample.dtype))
+    return (counts / sample.shape[1]).view(codebook.shape[:3])
+
+
+def _nearest(codebook: Tensor, sample: Tensor) -> Tensor:
+    """(G, M, C, d), (G, N, D) -> (G M, N) int64: the nearest codeword of each subspace."""
+    codes = ops.pq_encode(sample[None], codebook)[0]  # (G, P, N)
+    both = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1, 2)  # (G, 2 P, N)
+    return both[:, : codebook.shape[1]].flatten(0, 1).long()

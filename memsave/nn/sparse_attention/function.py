@@ -112,9 +112,9 @@ def _parts(
     """Some queries at a time, the lists of their keys, and what the ops take besides: mask to scale."""
     codes = ops.pq_encode(key, codebook)
     step = chunk_rows(query, key, codebook, choice)
+    whole = see._replace(mask=mask)
     for start in range(0, query.shape[2], step):
         part = slice(start, min(query.shape[2], start + step))
-        whole = see._replace(mask=mask)
         lists = choose(query, part, codes, codebook, choice, whole, scale)
         here = whole.of_rows(part)
         if choice.granularity == "token":  # the lists hold what is visible, and nothing else

@@ -48,16 +48,17 @@ class Choice(NamedTuple):
 
     def num_keys(self, keys: int) -> int:
         """How many of `keys` keys a query attends to at most."""
-        wanted = self.keep if isinstance(self.keep, int) else math.ceil(self.keep * keys)
         if self.granularity == "block":
             return min(keys, self.num_blocks(keys) * self.block_size)
-        return max(1, min(wanted, keys))
+        return max(1, min(self._wanted(keys), keys))
 
     def num_blocks(self, keys: int) -> int:
         """How many key blocks a query block attends to at most."""
-        wanted = self.keep if isinstance(self.keep, int) else math.ceil(self.keep * keys)
         there = -(-keys // self.block_size)
-        return max(1, min(there, max(MIN_BLOCKS, -(-wanted // self.block_size))))
+        return max(1, min(there, max(MIN_BLOCKS, -(-self._wanted(keys) // self.block_size))))
+
+    def _wanted(self, keys: int) -> int:
+        return self.keep if isinstance(self.keep, int) else math.ceil(self.keep * keys)
 
 
 class Visibility(NamedTuple):
