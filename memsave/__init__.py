@@ -27,8 +27,10 @@ if TYPE_CHECKING:
         SaveError,
         UnsupportedModelError,
     )
+    from .explaining import Explanation, explain
     from .integrations.low_rank_cache import low_rank_cache
-    from .memory import MemoryProfile, estimate, measure, saved_bytes
+    from .integrations.trainer import MemsaveCallback
+    from .memory import MemoryProfile, OOMReport, estimate, measure, oom_report, saved_bytes
     from .methods import (
         FlashSVDConfig,
         LinearCrossEntropyConfig,
@@ -70,7 +72,8 @@ _PLACES = {
         "SaveError",
         "UnsupportedModelError",
     ),
-    "memory": ("MemoryProfile", "estimate", "measure", "saved_bytes"),
+    "explaining": ("Explanation", "explain"),
+    "memory": ("MemoryProfile", "OOMReport", "estimate", "measure", "oom_report", "saved_bytes"),
     "methods": (
         "FlashSVDConfig",
         "LinearCrossEntropyConfig",
@@ -89,6 +92,7 @@ _PLACES = {
     "nn.linear_cross_entropy": ("linear_cross_entropy",),
     "ops": ("backends",),
     "integrations.low_rank_cache": ("low_rank_cache",),
+    "integrations.trainer": ("MemsaveCallback",),
     "peft": ("LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter", "save_adapter"),
     "report": ("Report",),
     "saving": ("load", "save"),
@@ -99,16 +103,19 @@ __all__ = [
     "ConflictError",
     "ConversionError",
     "EstimateError",
+    "Explanation",
     "FlashSVDConfig",
     "Guarantee",
     "LaMDAConfig",
     "LinearCrossEntropyConfig",
     "LoadError",
     "MemoryProfile",
+    "MemsaveCallback",
     "MemsaveError",
     "MethodConfig",
     "NoMatchError",
     "NotAModelError",
+    "OOMReport",
     "PatchConvConfig",
     "Report",
     "RecomputeActivationConfig",
@@ -126,6 +133,7 @@ __all__ = [
     "backends",
     "convert_model",
     "estimate",
+    "explain",
     "export",
     "fuse_adapters",
     "linear_cross_entropy",
@@ -133,6 +141,7 @@ __all__ = [
     "load_adapter",
     "low_rank_cache",
     "measure",
+    "oom_report",
     "patch_plans",
     "restore_model",
     "sample_cache_bytes",
@@ -148,7 +157,7 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(import_module(f".{_MODULES[name]}", __name__), name)
         except ModuleNotFoundError as error:
-            if _MODULES[name] not in ("peft", "integrations.low_rank_cache"):
+            if _MODULES[name] not in ("peft", "integrations.low_rank_cache", "integrations.trainer"):
                 raise
             raise ImportError(f"memsave.{name} needs {error.name}: pip install 'memsave[hf]'") from error
     if name in ("ops", "nn", "methods", "memory", "peft"):

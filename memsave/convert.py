@@ -21,6 +21,7 @@ from .errors import (
     UnsupportedModelError,
     raise_all,
 )
+from .optimizers import watching_parameters
 from .planning import Plan, kind_of, plan_changes, problems_of_defaults, skipped
 from .report import NOT_A_MODEL, Estimate, Report, group_rows
 from .targets import names_by_module
@@ -74,7 +75,8 @@ def convert_model(
         estimate=None if batch is None else _estimate(model, plan, surveys, batch),
     )
     if not dry_run:
-        carry_out(model, plan.changes, surveys, calibration)
+        with watching_parameters(model):
+            carry_out(model, plan.changes, surveys, calibration)
     return report
 
 

@@ -27,15 +27,28 @@ def refuse_save_pretrained(*args: object, **kwargs: object) -> NoReturn:
     )
 
 
+refuse_save_pretrained.stands_for_save_pretrained = True  # type: ignore[attr-defined]
+
+
 def guard_saving(model: nn.Module) -> None:
-    """Make `save_pretrained` raise on every transformers model in `model` that has changed keys, and work elsewhere."""
+    """Make `save_pretrained` raise on every transformers model in `model` that has changed keys, and work elsewhere.
+
+    What else of memsave stands for it (`integrations/checkpoints.py`) stays as long as the keys are changed.
+    """
     for module in model.modules():
         if not is_pretrained(module):
             continue
-        if any(config.changes_keys for inner in module.modules() for config in applied_configs(inner).values()):
-            module.__dict__["save_pretrained"] = refuse_save_pretrained
-        elif module.__dict__.get("save_pretrained") is refuse_save_pretrained:
+        ours = getattr(module.__dict__.get("save_pretrained"), "stands_for_save_pretrained", False)
+        if changes_keys(module):
+            if not ours:
+                module.__dict__["save_pretrained"] = refuse_save_pretrained
+        elif ours:
             del module.__dict__["save_pretrained"]
+
+
+def changes_keys(model: nn.Module) -> bool:
+    """Whether a method changed the keys of the state dict of `model`."""
+    return any(config.changes_keys for inner in model.modules() for config in applied_configs(inner).values())
 
 
 def is_pretrained(module: nn.Module) -> bool:

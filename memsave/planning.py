@@ -11,8 +11,9 @@ from torch import nn
 from .applying import Change
 from .config import Guarantee, MethodConfig, TargetedConfig, applied_configs, matches
 from .errors import ConflictError, MemsaveError, NoMatchError, UnsupportedModelError
-from .report import Skip, group_skips, groups, pattern
+from .report import Skip, group_skips
 from .targets import Named, base_class, entries_of, missed_exclusions, missed_target
+from .text import groups, pattern
 
 _UNCHANGED = "The model was not changed."
 _NO_KIND = "not a kind that"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from os.path import commonprefix
 from typing import Any, NoReturn
 
 from torch import nn
 
 from .config import MethodConfig
 from .errors import NotAModelError
+from .text import aligned, collapsed, groups, pattern
 
 NOT_A_MODEL = (
     "this is a memsave Report, not the model: convert_model works in place; do not assign its result to the model "
@@ -71,7 +71,7 @@ class Estimate:
                 ("peak", self.peak_bytes, f"in {self.phase[1]}"),
             )
         ]
-        lines = ["estimated for forward and backward on this batch:", *_aligned(rows)]
+        lines = ["estimated for forward and backward on this batch:", *aligned(rows)]
         if self.recomputed:
             lines.append(
                 f"activation checkpointing is on: {len(self.recomputed)} modules run again in backward, so what they "
@@ -118,10 +118,10 @@ class Report:
     def __str__(self) -> str:
         where = f" on {', '.join(self.devices)}" if len(self.devices) > 1 else ""
         lines = [f"memsave: {self.count} module{'' if self.count == 1 else 's'} {self.action}{where}"]
-        lines += _aligned(_cells(self.rows, "") + _cells(self.already, ", already"))
+        lines += aligned(_cells(self.rows, "") + _cells(self.already, ", already"))
         if self.skipped:
             lines.append("left as they are (share of the parameter bytes):")
-            lines += _aligned([(f"{s.share:.1%}", s.modules, f"x{s.count}", s.kind, s.reason) for s in self.skipped])
+            lines += aligned([(f"{s.share:.1%}", s.modules, f"x{s.count}", s.kind, s.reason) for s in self.skipped])
         lines += self.notes
         if self.estimate:
             lines.append(str(self.estimate))
@@ -157,54 +157,7 @@ def _joined(methods: Sequence[str]) -> str:
     families: dict[str, list[str]] = {}
     for method in dict.fromkeys(methods):
         families.setdefault(method.partition("_")[0], []).append(method)
-    return ", ".join(map(_collapsed, families.values()))
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def pattern(names: Sequence[str]) -> str:
-    """One short pattern for names that differ in numbers and in the last part: `layers.{0-3,7}.mlp.{up,down}_proj`."""
-    if set(names) == {""}:
-        return "(the model)"
-    columns = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(_collapsed(list(dict.fromkeys(column))) for column in columns)
-
-
-def _collapsed(parts: list[str]) -> str:
-    if len(parts) == 1:
-        return parts[0]
-    if not all(map(_is_number, parts)):
-        head, tail = commonprefix(parts), commonprefix([part[::-1] for part in parts])[::-1]
-        tail = tail[max(0, len(head) + len(tail) - min(map(len, parts))) :]
-        return head + "{" + ",".join(part[len(head) : len(part) - len(tail)] for part in parts) + "}" + tail
-    runs: list[list[int]] = []
-    for n in sorted(map(int, parts)):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
-
-
-def _is_number(part: str) -> bool:
-    """Whether `part` is a number as PyTorch writes one: not "007", and not in the digits of other scripts."""
-    return part.isdecimal() and part.isascii() and part == str(int(part))
-
-
-def groups(names: Iterable[tuple[Hashable, str]]) -> Iterator[tuple[Any, list[str]]]:
-    """Group (key, qualified name) pairs by key and shape of the name; join groups that differ in the last part only."""
-    by_shape: dict[tuple[Any, str], list[str]] = {}
-    for key, name in names:
-        shape = ".".join("#" if _is_number(part) else part for part in name.split("."))
-        by_shape.setdefault((key, shape), []).append(name)
-    joined: dict[tuple[Any, tuple[str, ...]], list[str]] = {}
-    for (key, _), found in by_shape.items():
-        joined.setdefault((key, tuple(name.rpartition(".")[0] for name in found)), []).extend(found)
-    for (key, _), found in joined.items():
-        yield key, found
+    return ", ".join(map(collapsed, families.values()))
 
 
 def group_rows(converted: Iterable[tuple[str, nn.Module, MethodConfig]], kinds: dict[int, str]) -> tuple[Row, ...]:

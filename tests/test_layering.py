@@ -26,26 +26,52 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "config": ({"errors"}, set()),
     "wrappers": (set(), set()),
-    "report": ({"config", "errors"}, {"memory"}),
+    "text": (set(), set()),
+    "report": ({"config", "errors", "text"}, {"memory"}),
     "targets": ({"config"}, set()),
     "guard": ({"config", "errors"}, set()),
     "convert": (
-        {"applying", "carrying_out", "planning", "config", "report", "targets", "wrappers", "errors"},
+        {"applying", "carrying_out", "planning", "config", "optimizers", "report", "targets", "wrappers", "errors"},
         {"methods", "memory"},
     ),
     "carrying_out": ({"applying", "planning", "config", "targets", "errors"}, set()),
-    "planning": ({"applying", "config", "report", "targets", "errors"}, set()),
+    "planning": ({"applying", "config", "report", "targets", "errors", "text"}, set()),
+    "optimizers": ({"errors"}, set()),
     "applying": ({"config", "errors", "guard"}, set()),
     "saving": ({"applying", "config", "errors", "guard", "wrappers"}, {"integrations", "methods", "peft", "__init__"}),
     "methods": ({"nn", "ops", "slicing", "config", "errors"}, {"integrations"}),
-    "slicing": ({"memory", "errors"}, set()),
+    "slicing": ({"memory", "errors", "text"}, set()),
     "nn": ({"ops"}, set()),
     "ops": ({"errors"}, set()),
-    "memory": ({"ops", "wrappers", "errors"}, set()),
-    "__init__": (set(), {"convert", "methods", "memory", "config", "report", "errors", "ops", "nn", "saving", "peft"}),
-    "__main__": ({"ops", "memory", "__init__"}, {"ops", "memory", "__init__"}),
+    "memory": ({"ops", "wrappers", "errors", "text"}, set()),
+    "explaining": ({"convert", "methods", "nn", "memory", "config", "errors", "text"}, set()),
+    "environment": ({"ops", "__init__"}, set()),
+    "commands": ({"__init__", "config", "errors", "explaining", "report"}, {"integrations"}),
+    "__init__": (
+        set(),
+        {
+            *(
+                "convert",
+                "explaining",
+                "methods",
+                "memory",
+                "config",
+                "report",
+                "errors",
+                "ops",
+                "nn",
+                "saving",
+                "peft",
+            ),
+            "integrations",
+        },
+    ),
+    "__main__": ({"commands", "environment", "errors"}, set()),
     "integrations": (
-        {"convert", "methods", "nn", "ops", "memory", "saving", "config", "report", "targets", "errors", "__init__"},
+        {
+            *("convert", "methods", "nn", "ops", "memory", "saving", "config", "report", "targets", "errors", "guard"),
+            *("text", "__init__"),
+        },
         set(),
     ),
     "peft": ({"integrations"}, set()),
@@ -223,7 +249,7 @@ def test_works_without_any_optional_package() -> None:
 import torch, memsave
 from torch import nn
 needs = dict.fromkeys(("LaMDAConfig", "SHiRAConfig", "export", "fuse_adapters", "load_adapter", "save_adapter"), "peft")
-needs["low_rank_cache"] = "transformers"
+needs |= dict.fromkeys(("low_rank_cache", "MemsaveCallback"), "transformers")
 for name in memsave.__all__:
     try:
         getattr(memsave, name)

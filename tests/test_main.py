@@ -14,6 +14,7 @@ import torch
 
 import memsave
 from memsave import __main__ as command
+from memsave import environment
 from memsave.ops import _native
 
 
@@ -55,7 +56,7 @@ def test_text_has_a_line_for_every_package_and_op(capsys: pytest.CaptureFixture[
 
 
 def test_text_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
     command.main([])
     assert ["no-such-package", "not", "installed"] in map(str.split, capsys.readouterr().out.splitlines())
 
@@ -68,7 +69,7 @@ def test_reasons_are_grouped_by_what_they_say() -> None:
         "gather": {"cpu": state("native", triton="no device"), "cuda": state(None, native="none", triton="none")},
         "draw": {"cpu": state("reference", triton="no kernel"), "cuda": state(None, native="none", triton="none")},
     }
-    header, *lines = (line.split() for line in command._why_not_lines(backends))
+    header, *lines = (line.split() for line in environment._why_not_lines(backends))
     assert header == ["not", "on", "backend", "why", "(ops)"]
     assert lines == [
         ["cpu", "triton", "no", "device", "(gather)"],
@@ -78,8 +79,8 @@ def test_reasons_are_grouped_by_what_they_say() -> None:
 
 
 def test_devices_are_named_with_their_memory() -> None:
-    assert command._device_text({"device": "mps:0"}) == "mps:0"
-    described = command._device_text({"device": "cuda:1", "name": "Some GPU", "memory_bytes": 3 * 2**29})
+    assert environment._device_text({"device": "mps:0"}) == "mps:0"
+    described = environment._device_text({"device": "cuda:1", "name": "Some GPU", "memory_bytes": 3 * 2**29})
     assert described == "cuda:1 Some GPU (1.5 GiB)"
 
 

@@ -65,18 +65,18 @@ def estimate(
         EstimateError: the model does not take the batch, branches on values that fake tensors do not have, or cannot be
             copied; or `loss` or `optimizer` fails. The model is unchanged.
     """
-    return _Step(model, batch, loss, optimizer, autocast, device).profile()
+    return Step(model, batch, loss, optimizer, autocast, device).profile()
 
 
 def estimate_change(
     model: nn.Module, batch: Any, change: Callable[[nn.Module], object]
 ) -> tuple[MemoryProfile, MemoryProfile]:
     """`estimate(model, batch)`, and the same after `change` was applied to the fake copy; `model` stays as it is."""
-    step = _Step(model, batch, None, None, None, None)
+    step = Step(model, batch, None, None, None, None)
     return step.profile(), step.profile(change)
 
 
-class _Step:
+class Step:
     """A training step on fake tensors; the arguments are those of `estimate`."""
 
     def __init__(
@@ -97,6 +97,11 @@ class _Step:
     def profile(self, change: Callable[[nn.Module], object] | None = None) -> MemoryProfile:
         """Run the step on a fresh copy of the model, after `change`."""
         tracker = StorageTracker()
+        self.run(tracker, change)
+        return build_profile(tracker.existing, tracker.events, None, tracker.recomputed)
+
+    def run(self, tracker: StorageTracker, change: Callable[[nn.Module], object] | None = None) -> nn.Module:
+        """Run the step on a fresh copy of the model, after `change`, within `tracker`; return the copy."""
         fakes = Fakes(self.device, lambda: tracker.running_module)
         with ExitStack() as contexts:
             contexts.enter_context(_same_random_numbers())
@@ -124,7 +129,7 @@ class _Step:
                         optimizer.step()
                 for parameter in parameters:
                     parameter.grad = None
-        return build_profile(tracker.existing, tracker.events, None, tracker.recomputed)
+        return copy
 
     def _loss_of(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
         with self._autocast([*tensors_in([arguments, keywords]), *model.parameters()]):

@@ -107,6 +107,10 @@ class ModuleNames:
                 pass
             self._mark()
 
+    def name_of(self, module: nn.Module) -> str | None:
+        """The name of a module, if one that has run is or holds it."""
+        return self._names.get(module)
+
     def current(self, node: Any) -> str:
         """Name of the innermost running module, else of the module that made the autograd node that runs."""
         if self.running:

@@ -25,6 +25,10 @@ class Event(NamedTuple):
     phase: str
 
 
+# A storage that existed before the run, with its bytes at the start.
+Existing = tuple[Record, int]
+
+
 class Point(NamedTuple):
     """Live bytes by category after event number `event`."""
 
@@ -46,8 +50,7 @@ def build_profile(
         events: what happened, in order.
         allocator_peak_bytes, recomputed: passed on.
     """
-    existing = [(record, size) for record, size in existing if record.counted]
-    events = [event for event in events if event.record.counted]
+    existing, events = counted(existing, events)
     points, saved_bytes = _replay(existing, events)
     peak = max(points, key=lambda point: sum(point.live_bytes))
 
@@ -69,31 +72,56 @@ def build_profile(
     )
 
 
-def _replay(existing: list[tuple[Record, int]], events: list[Event]) -> tuple[list[Point], int]:
-    """Live bytes by category at the start and after each event, and the most that was kept for backward at once."""
-    live: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
-    sizes: Counter[Record] = Counter()
-    handles: Counter[Record] = Counter()
-    for record, size in existing:
-        sizes[record] = size
-        live[_category(record, kept=False)] += size
-    points = [Point(0, events[0].phase if events else "other", tuple(live.values()))]
-    kept_bytes = saved_bytes = 0
-    for number, (record, change_bytes, change_handles, phase) in enumerate(events, start=1):
-        was_kept, size = handles[record] > 0, sizes[record]
-        live[_category(record, was_kept)] -= size
-        sizes[record] += change_bytes
-        handles[record] += change_handles
-        kept = handles[record] > 0
-        live[_category(record, kept)] += sizes[record]
+def counted(existing: Iterable[tuple[Record, int]], events: Iterable[Event]) -> tuple[list[Existing], list[Event]]:
+    """Those of a tracker's storages and events that belong to what is measured."""
+    return [e for e in existing if e[0].counted], [event for event in events if event.record.counted]
+
+
+class State:
+    """Which storages are live and which are kept for backward, event after event.
+
+    Attributes:
+        sizes: bytes of each storage.
+        handles: saved-tensor handles on each storage.
+        live_bytes: live bytes by category.
+        kept_bytes: bytes kept for backward; weights are not counted.
+    """
+
+    def __init__(self, existing: Iterable[Existing]) -> None:
+        self.sizes: Counter[Record] = Counter()
+        self.handles: Counter[Record] = Counter()
+        self.live_bytes: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        self.kept_bytes = 0
+        for record, size in existing:
+            self.sizes[record] = size
+            self.live_bytes[category_of(record, kept=False)] += size
+
+    def apply(self, event: Event) -> None:
+        record = event.record
+        was_kept, size = self.handles[record] > 0, self.sizes[record]
+        self.live_bytes[category_of(record, was_kept)] -= size
+        self.sizes[record] += event.change_bytes
+        self.handles[record] += event.change_handles
+        kept = self.handles[record] > 0
+        self.live_bytes[category_of(record, kept)] += self.sizes[record]
         if record.role != "weights":
-            kept_bytes += sizes[record] * kept - size * was_kept
-            saved_bytes = max(saved_bytes, kept_bytes)
-        points.append(Point(number, phase, tuple(live.values())))
+            self.kept_bytes += self.sizes[record] * kept - size * was_kept
+
+
+def _replay(existing: list[Existing], events: list[Event]) -> tuple[list[Point], int]:
+    """Live bytes by category at the start and after each event, and the most that was kept for backward at once."""
+    state = State(existing)
+    points = [Point(0, events[0].phase if events else "other", tuple(state.live_bytes.values()))]
+    saved_bytes = 0
+    for number, event in enumerate(events, start=1):
+        state.apply(event)
+        saved_bytes = max(saved_bytes, state.kept_bytes)
+        points.append(Point(number, event.phase, tuple(state.live_bytes.values())))
     return points, saved_bytes
 
 
-def _category(record: Record, kept: bool) -> str:
+def category_of(record: Record, kept: bool) -> str:
+    """Which of `CATEGORIES` a storage is in, as far as is known; `kept`: whether it is kept for backward."""
     if record.role:
         return record.role
     if kept:

@@ -8,6 +8,7 @@ the attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -30,6 +31,8 @@ from ..nn.sparse_attention.selecting import Choice
 GRANULARITIES = ("block", "token")
 CODEBOOKS = ("fit", "ema")
 MEASURE = "measure"
+MAX_CODEBOOK = 2**26
+"""Numbers: 16 codewords for all features of 1,024 heads of 4,096."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,10 @@ class SparseMHAConfig(TargetedConfig):
     @property
     def calibrated(self) -> bool:
         return self.codebook == "fit"
+
+    @property
+    def optional_keys(self) -> tuple[str, ...]:
+        return () if self.calibrated else sparse.BUFFERS  # empty until the first optimizer step
 
     def candidate(self, module: nn.Module) -> bool:
         return is_multihead(module) or takes_attention(module)
@@ -210,8 +217,10 @@ class SparseMHAConfig(TargetedConfig):
         return {"codebook": list(module.codebook.shape), "dense_below": state.dense_below}  # type: ignore[arg-type]
 
     def rebuild(self, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
-        shape = state["codebook"]
-        return self._convert(module, None if shape is None else torch.zeros(shape), state["dense_below"])
+        shape, dense_below = state["codebook"], state["dense_below"]
+        if not (_is_whole(dense_below) and dense_below >= 0):
+            raise ValueError(f"dense_below: expected a number of keys, got {dense_below!r}")
+        return self._convert(module, None if shape is None else torch.zeros(_checked_shape(shape)), dense_below)
 
     def why_not_restore(self, module: nn.Module) -> str | None:
         return why_not_back(module)
@@ -262,6 +271,17 @@ def _registered(settings: dict[str, Any]) -> SparseMHAConfig:
     with suppress(ImportError):  # without transformers no module of it can be in the pickle
         registered().register()
     return SparseMHAConfig(**settings)
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    """That of a codebook. Raises ValueError for any other, which might be of any size."""
+    known = isinstance(shape, (list, tuple)) and len(shape) == 4 and all(map(_is_whole, shape))
+    if not known or min(shape) < 0 or math.prod(shape) > MAX_CODEBOOK:
+        raise ValueError(
+            "codebook: expected the sizes of heads, subspaces, codewords and features, in all at most "
+            f"{MAX_CODEBOOK} numbers, got {shape!r}"
+        )
+    return tuple(shape)
 
 
 def _is_whole(value: object) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
 from ..ops.activation import reference
@@ -199,4 +200,4 @@ def _can_leave(parameters: list[Tensor]) -> bool:
     Not those of a DTensor, in whose place the child's own hooks put another tensor, nor those of one with hooks, which
     would see the gradient twice.
     """
-    return all(type(p) in (nn.Parameter, Tensor) and not p._backward_hooks for p in parameters)
+    return all(type(p) in (nn.Parameter, Tensor, FakeTensor) and not p._backward_hooks for p in parameters)

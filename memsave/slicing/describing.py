@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..text import aligned
 
 MOST_LABELS = 24
 
@@ -29,7 +30,7 @@ def describe(plan: Plan) -> str:
         more = f"{stage.extra_macs / max(stage.macs - stage.extra_macs, 1):.1%}"
         cells = (stage.first or "(the model)", stage.last or "(the model)", str(stage.ops), stage.how)
         rows.append((*cells, format_bytes(stage.peak_bytes), more))
-    lines += _aligned(rows)
+    lines += aligned(rows)
     if plan.ends:
         lines.append("  cannot be computed in parts:")
         lines += [f"    {where}: {reason}" for where, reason in plan.ends.items()]
@@ -48,12 +49,7 @@ def describe_halos(plan: Plan) -> str:
         rows.append((*cells, f"{halo.extra_macs:,}"))
     if len(rows) == 1:
         return "no op with a window runs in parts: there is no halo"
-    return "\n".join(_aligned(rows))
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(aligned(rows))
 
 
 def plot(plan: Plan, path: Any) -> Path:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import memsave
-from memsave import LinearCrossEntropyConfig, MethodConfig, RecomputeDropoutConfig, RecomputeMLPConfig, WTACRSConfig
+from memsave import (
+    LinearCrossEntropyConfig,
+    MethodConfig,
+    RecomputeDropoutConfig,
+    RecomputeMLPConfig,
+    RoutedFFNConfig,
+    SparseMHAConfig,
+    WTACRSConfig,
+)
 
 from ..cases.methods import CASES, NOTED_CASES, SHAPE, WIDTH, MethodCase, NotedCase
 from ..test_methods import Fan
@@ -152,11 +160,49 @@ def _many_tokens(step: int, rank: int) -> Tensor:
     return torch.randint(0, 128, (2, 32), generator=torch.Generator().manual_seed(10 * step + rank))
 
 
+def _feed_forward() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
+
+
+def _route(model: Any, **settings: Any) -> None:
+    """The routers are drawn, and the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        memsave.convert_model(model, RoutedFFNConfig(balance_loss=0.1, **settings))
+
+
+def _attend_to_few(model: Any) -> None:
+    """To eight of 32 keys; the codebooks are fitted to the batches, and stay."""
+    config = SparseMHAConfig(
+        keep=8, granularity="token", num_subspaces=2, num_codewords=4, dense_below=0, target_modules=r".*self_attn"
+    )
+    memsave.convert_model(model, config, calibration=[_many_tokens(0, rank) for rank in range(RANKS)])
+
+
 _LAZY = LinearCrossEntropyConfig(min_logits_bytes=0)
 _MLP = WTACRSConfig(keep_ratio=0.3, min_rows=1, target_modules=["gate_proj", "up_proj", "down_proj"])
 _LOW_RANK = ToyLowRankConfig(rank=3, target_modules=["inner"])
 ROWS = [_stack(case) for case in [*CASES, *NOTED_CASES]] + [
     replace(_stack(CASES[-1]), id="toy_low_rank", convert=lambda m: memsave.convert_model(m, _LOW_RANK), exact=None),
+    replace(
+        _stack(CASES[-1]),
+        id="routed_ffn",
+        make=lambda: Stack(_feed_forward),
+        convert=lambda m: _route(m, target_modules=["inner"]),
+        batch=lambda step, rank: torch.randn(
+            40, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64
+        ),
+        exact=None,
+    ),
+    Row(
+        "routed_ffn-lora",
+        LlamaLoss,
+        lambda m: (_route(m, lora_rank=2, target_modules=r".*mlp"), memsave.convert_model(m)),
+        _tokens,
+        exact=None,
+        tolerance=1e-4,
+    ),
+    Row("sparse_mha", lambda: LlamaLoss(128), _attend_to_few, _many_tokens, exact=None, tolerance=1e-4),
     # Its norms and its loss are computed in fp32.
     Row("llama-bare", LlamaLoss, memsave.convert_model, _tokens, exact=True, tolerance=1e-4),
     Row(

@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import memsave
+from memsave.nn.routed_ffn import set_balance_scale
 
 from .rows import RANKS, ROWS, STEPS, Row, optimizer_of, seed_draws
 
@@ -102,6 +103,7 @@ def one_process(row: Row, model: nn.Module, *, joined: bool) -> tuple[list[float
         if joined:
             batches = [torch.cat(batches) if batches[0].dim() > 1 else torch.stack(batches)]
         parts = []
+        set_balance_scale(model, 1 / len(batches))  # each rank has a balance loss of its own
         for rank, batch in enumerate(batches):
             seed_draws(step, rank)
             parts.append(model(batch) / len(batches))

@@ -67,6 +67,17 @@ def exact(model: nn.Module) -> None:
     memsave.convert_model(model)
 
 
+def rerun(model: nn.Module) -> None:
+    exact(model)
+    memsave.convert_model(model, memsave.RecomputeMLPConfig(recompute="all"))
+
+
+def rerun_with_rows(model: nn.Module) -> None:
+    exact(model)
+    config = memsave.RecomputeMLPConfig(recompute="all", keep_ratio=0.3, target_modules=r".*")
+    memsave.convert_model(model, config)
+
+
 def sampled(model: nn.Module) -> None:
     memsave.convert_model(model, WTACRSConfig(keep_ratio=0.3, target_modules=r".*(down_proj|lora_A).*"))
 
@@ -114,6 +125,10 @@ MODELS: dict[str, tuple[Change, ...]] = {
     "lora": (lora,),
     "lora_checkpointed": (checkpointed(), lora),
     "exact": (exact,),
+    "rerun": (rerun,),
+    "rerun_with_rows": (rerun_with_rows,),
+    "rerun_checkpointed": (rerun, checkpointed()),
+    "lora_rerun": (lora, rerun),
     "sampled": (exact, sampled),
     "sampled_checkpointed": (exact, sampled, checkpointed()),
     "lora_sampled": (lora, exact, sampled),

@@ -9,11 +9,12 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...errors import UnsupportedModelError
 from ...nn.linear import is_linear
-from ...report import groups, pattern
+from ...text import groups, pattern
 
 
 def targets_of(config: PeftConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -66,6 +67,12 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             layer: Any = child
+            if isinstance(child, AuxiliaryTrainingWrapper):  # around one of modules_to_save
+                if others := sorted(child._adapters - {adapter_name}):
+                    child.delete_adapter(adapter_name, others[:1])
+                else:
+                    setattr(parent, name, child.original_module)
+                continue
             if not hasattr(layer, "unload_and_optionally_merge_module"):
                 continue
             if adapter_name in layer._all_available_adapter_names():
@@ -77,3 +84,14 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
     for module in model.modules():
         if isinstance(configs := module.__dict__.get("peft_config"), dict):
             configs.pop(adapter_name, None)
+
+
+def checked_targets(owner: str, name: str, value: Any) -> Any:
+    """A filter of modules as PEFT takes it, lists as sets. Raises ValueError that names the field for anything else."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(entry, str) for entry in value):
+        return set(value)
+    raise ValueError(
+        f"{owner}.{name}: expected names of modules, a regular expression or 'all-linear', or None, got {value!r}"
+    )

@@ -7,10 +7,11 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from ..converted import Converted, original_class
+from ..converted import original_class
+from .state import HoldsCodebook
 
 
-class SparseAttention(Converted):
+class SparseAttention(HoldsCodebook):
     """Stands before the class of an attention module of transformers, whose forward stays its own.
 
     The attention function that it calls finds what it needs in the module (`state.py`).

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..converted import Converted
 from . import masks
 from .selecting import Visibility
-from .state import attention
+from .state import HoldsCodebook, attention
 
 
-class SparseMultiheadAttention(Converted):
+class SparseMultiheadAttention(HoldsCodebook):
     """Stands before `nn.MultiheadAttention` in the bases of a converted module."""
 
     def forward(

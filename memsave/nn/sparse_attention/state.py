@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..converted import Converted
 from . import codebooks
 from .codebooks import KeySample
 from .function import attend
@@ -90,6 +91,21 @@ def release(module: nn.Module) -> None:
         module._buffers.pop(name, None)
         module._non_persistent_buffers_set.discard(name)
     _pending.pop(module, None)
+
+
+class HoldsCodebook(Converted):
+    """Mixin of the converted classes whose modules hold what `hold` gave."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Codebooks that follow the keys are empty until the first step: those of a later one load all the same."""
+        state = state_of(self)  # type: ignore[arg-type]
+        for name in BUFFERS if state is not None and state.decay is not None else ():
+            own: Tensor = getattr(self, name)
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and own.dim() == given.dim() and (own.shape[0] == 0) != (given.shape[0] == 0):
+                if own.shape[2] == given.shape[2]:
+                    setattr(self, name, own.new_zeros(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
 def set_state(module: nn.Module, state: SparseState) -> None:

@@ -259,7 +259,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda path: (path / "adapter_config.json").unlink(), "adapter_config.json cannot be read"),
     "no json": (lambda path: (path / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
     "tampered mask": (edited(flip), "k: (the mask is damaged|the mask does not hold|the mask's positions)"),
-    "wrong count": (edited(shorten), r"k: expected 36 values, got shape \(35,\)"),
+    "wrong count": (edited(shorten), r"k: expected 36 values, got torch.float32 of shape \(35,\)"),
     "missing layer": (edited(lambda t: drop(t, "values", "mask")), "v: its values or its mask are missing"),
     "missing mask": (edited(lambda t: drop(t, "mask")), "v: its values or its mask are missing"),
     "other kind": (lora, "an adapter of kind 'LORA'; expected one of memsave or PEFT's SHIRA"),
