@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ERROR_BUDGET = 2.0
+OWN_TOLERANCE = 1e-4  # relative, of the gradients of one function by two backends in fp32
 DRAWS = 12
 DISTANCE_BUDGET = 1.5
 STANDARD_ERRORS = 6.0
@@ -47,6 +48,20 @@ def check_exact(
         if not ratio <= ERROR_BUDGET:
             raise CheckFailed(f"{variant}: its result for {name} has {ratio:.2f}x the plain model's error")
         largest = max(largest, ratio)
+    return largest
+
+
+def check_own(variant: str, found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """The largest relative distance of a gradient to the one that the same variant has in plain PyTorch."""
+    if not found or found.keys() != reference.keys():
+        raise CheckFailed(f"{variant}: gradients of {sorted(found.keys() ^ reference.keys())} are missing or too many")
+    largest = 0.0
+    for name, gradient in found.items():
+        scale = float(reference[name].norm())
+        distance = float((gradient - reference[name]).norm()) / scale if scale else float(gradient.norm())
+        if not distance <= OWN_TOLERANCE:
+            raise CheckFailed(f"{variant}: its gradient of {name} is {distance:.1e} off what plain PyTorch gives")
+        largest = max(largest, distance)
     return largest
 
 

@@ -27,6 +27,7 @@ IMAGES = ROOT / "docs" / "img"
 DIGEST = "Digest"  # the key in the picture's metadata
 MEMORY, TIME, OP = "#4c72b0", "#dd8452", "#55a868"
 INCHES_PER_BAR = 0.26
+INFERENCE = ("flash_svd_bert_layer", "patch_conv_mobilenet_v2_1024")  # beside the training step of all methods
 MANY = 20  # cases in one plot, which is drawn with fewer dots then
 # Colour-blind readers can tell them apart.
 LINES = ("black", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9")
@@ -75,6 +76,9 @@ def all_plots(results: Path = RESULTS, images: Path = IMAGES) -> list[Plot]:
         if steps:
             plots.append(Plot(images / f"{folder.name}-steps.png", steps, draw_steps))
             plots.append(Plot(images / f"{folder.name}-pareto.png", steps, draw_pareto))
+        if methods := [data for data in found if data["case"]["kind"] == "methods"]:
+            inference = [data for data in found if data["case"]["name"] in INFERENCE]
+            plots.append(Plot(images / f"{folder.name}-methods.png", [*methods, *inference], draw_pareto))
         if ops:
             plots.append(Plot(images / f"{folder.name}-ops.png", ops, draw_ops))
         convolutions = [data for data in found if data["case"]["kind"] == "convolution"]
@@ -178,7 +182,9 @@ def draw_pareto(shown: Sequence[dict[str, Any]]) -> Figure:
 
     figure = Figure(figsize=(9, 4.2 * len(shown)), layout="constrained")
     for axes, data in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
-        points = sorted((_peak_bytes(r) / MIB, r["median_s"] * 1e3, r["variant"]) for r in data["results"])
+        size = data["results"][-1].get("size")
+        rows = [r for r in data["results"] if r.get("size") == size]
+        points = sorted((_peak_bytes(r) / MIB, r["median_s"] * 1e3, r.get("variant") or r["way"]) for r in rows)
         for number, (mebibytes, milliseconds, variant) in enumerate(points, 1):
             color = TIME if variant.startswith("memsave") else MEMORY
             axes.plot(mebibytes, milliseconds, "o", color=color, label=f"{number}  {variant}")
@@ -189,14 +195,15 @@ def draw_pareto(shown: Sequence[dict[str, Any]]) -> Figure:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("peak memory (MiB); less is better")
-        axes.set_ylabel("step (ms); less is better")
-        axes.set_title(f"{data['case']['title']}\n{device_in_words(data)}", fontsize=9)
+        axes.set_ylabel("time (ms); less is better")
+        measured = f"; {in_words(size)}" if size else ""
+        axes.set_title(f"{data['case']['title']}{measured}\n{device_in_words(data)}", fontsize=9)
     return figure
 
 
 def _peak_bytes(result: dict[str, Any]) -> int:
-    """On a GPU the allocator's peak, which compiled code has, too."""
-    return result["allocator_peak_bytes"] or result["peak_bytes"]
+    """On a GPU the allocator's peak, which compiled code has, too; of a layer, what it takes beyond its input."""
+    return result.get("allocator_peak_bytes") or result.get("peak_bytes") or result["temporary_bytes"]
 
 
 def draw_ops(shown: Sequence[dict[str, Any]]) -> Figure:

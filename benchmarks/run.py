@@ -27,6 +27,7 @@ from benchmarks.cases.convolution import ConvolutionCase
 from benchmarks.cases.estimates import EstimateCase
 from benchmarks.cases.kept import KeptCase
 from benchmarks.cases.losses import LossCase
+from benchmarks.cases.methods import MethodsCase
 from benchmarks.cases.op_case import OpCase
 from benchmarks.cases.quality import QUALITY_CASES, GradNormsCase, QualityCase
 from benchmarks.cases.routed_ffn import RoutedFFNCase
@@ -57,6 +58,7 @@ from benchmarks.sentences import PackageMissing
 RUNNERS: dict[type[Case], Callable[..., tuple[list[dict[str, Any]], dict[str, str]]]] = {
     TrainingCase: run_model_case,
     StepCase: run_model_case,
+    MethodsCase: run_model_case,
     ForwardCase: run_forward_case,
     AdapterCase: run_adapter_case,
     OpCase: run_op_case,
@@ -158,6 +160,7 @@ def run_all(cases: Sequence[Case], options: argparse.Namespace, record: Record) 
             record.leave_out(case.name, reason)
             continue
         print(f"\n{case.name}: {case.title}", flush=True)
+        start = time.monotonic()
         try:
             data = run_case(case, options, record)
         except PackageMissing as missing:
@@ -172,6 +175,7 @@ def run_all(cases: Sequence[Case], options: argparse.Namespace, record: Record) 
             for name, reason in data["left_out"].items():
                 print(f"left out: {name}: {reason}")
             record.add(data)
+            print(f"took {time.monotonic() - start:.0f} s", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -183,11 +187,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return record.failed
 
 
+def left_to_long(case: Case, options: argparse.Namespace) -> bool:
+    """Whether a case is too long for a run of all cases on the CPU in twenty minutes. A GPU has a budget instead."""
+    return options.suite == "cases" and options.device == "cpu" and not options.tiny and case.long
+
+
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     suites = {"cases": lambda: CASES, "quality": lambda: QUALITY_CASES, "tiles": tile_cases}
     words = "quality: those that train for long; tiles: those of the GPU kernels"
     parser.add_argument("--suite", choices=suites, default="cases", help=words)
+    parser.add_argument("--long", action="store_true", help="also cases that take minutes each: two hours in all")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="which cases (default: all of this device)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each variant, at least 2 (default: 9)")
@@ -205,7 +215,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.case or () if name not in cases]
     if unknown:
         parser.error(f"argument --case: no {', '.join(unknown)} on {options.device}; there are {', '.join(cases)}")
-    options.cases = [cases[name] for name in options.case or cases]
+    chosen = options.case or [name for name, case in cases.items() if options.long or not left_to_long(case, options)]
+    options.cases = [cases[name] for name in chosen]
     return options
 
 

@@ -1,7 +1,8 @@
 """Writes the tables and plots of the docs from the result files: `python -m benchmarks.tables`.
 
 In README.md or a page of docs/, `<!-- results: cpu/NAME -->` is followed by the table of
-benchmarks/results/cpu/NAME.json, up to `<!-- end -->`.
+benchmarks/results/cpu/NAME.json, up to `<!-- end -->`; `<!-- methods: cpu -->` by the table of all methods, and
+`<!-- api -->` by the reference of every public name.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import result_files
+from benchmarks.api_page import api
 from benchmarks.attention_tables import (
     amount_in_words,
     attention_aim_in_words,
@@ -22,10 +24,13 @@ from benchmarks.attention_tables import (
     recall_rows,
 )
 from benchmarks.formats import by_size, in_bytes, in_words, mebibytes, seconds, spread
+from benchmarks.overview import overview
 from benchmarks.result_files import RESULTS, ResultError
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"<!-- results: (?P<file>\S+) -->\n.*?<!-- end -->", re.DOTALL)
+_API = re.compile(r"<!-- api -->\n.*?<!-- end -->", re.DOTALL)
+_METHODS = re.compile(r"<!-- methods: (?P<folder>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def pages() -> list[Path]:
@@ -40,7 +45,13 @@ def filled(page: str, results: Path = RESULTS) -> str:
         data = result_files.read(results / f"{block['file']}.json")
         return f"<!-- results: {block['file']} -->\n{table(data)}\n<!-- end -->"
 
-    return _BLOCK.sub(fill, page)
+    def fill_methods(block: re.Match[str]) -> str:
+        return f"<!-- methods: {block['folder']} -->\n{overview(results / block['folder'])}\n<!-- end -->"
+
+    def fill_api(_: re.Match[str]) -> str:
+        return f"<!-- api -->\n{api()}\n<!-- end -->"
+
+    return _API.sub(fill_api, _METHODS.sub(fill_methods, _BLOCK.sub(fill, page)))
 
 
 def table(data: dict[str, Any]) -> str:
@@ -309,6 +320,7 @@ def aim_in_words(data: dict[str, Any]) -> str:
 ROWS: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "training": model_rows,
     "step": model_rows,
+    "methods": model_rows,
     "forward": forward_rows,
     "streaming": streaming_rows,
     "decoding": decoding_rows,

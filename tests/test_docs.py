@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,8 @@ def for_inference() -> dict[str, Any]:
 
 
 def test_the_readmes_code_for_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compress, in_bands = re.findall(r"```py\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```py\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    compress, in_bands = (next(b for b in blocks if word in b) for word in ("FlashSVDConfig", "PatchConvConfig"))
     monkeypatch.chdir(tmp_path)
     exec(compile(compress, "README.md", "exec"), for_inference())
     assert (tmp_path / "compressed" / "memsave.json").is_file()
@@ -114,6 +116,29 @@ def test_the_reports_in_the_readme_are_those_of_the_demos_model() -> None:
     assert [float(value) for value in found] == pytest.approx([float(value) for value in expected], rel=0.02)
 
 
+def test_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    left = run_page("measuring.md", tmp_path, monkeypatch, memsave=memsave, **small_llama())
+    assert left["kept_bytes"] == left["profile"].saved_bytes == left["explanation"].profile.saved_bytes
+    assert (tmp_path / "step.png").stat().st_size > 0 and left["report"].error is None
+    assert "by cause" in capsys.readouterr().out
+
+
+def test_every_public_name_is_documented() -> None:
+    """In docs/api.md, with what each parameter is."""
+    pytest.importorskip("peft", reason="needs peft (pip install 'memsave[hf]')")
+    from benchmarks.api_page import GROUPS
+
+    named = [name for names in GROUPS.values() for name in names]
+    assert sorted(named) == sorted(memsave.__all__)
+    page = (DOCS / "api.md").read_text()
+    for name in memsave.__all__:
+        thing = getattr(memsave, name)
+        assert f"### `memsave.{name}`" in page
+        if inspect.isfunction(thing):
+            undocumented = [p for p in inspect.signature(thing).parameters if not re.search(rf"\b{p}\b", thing.__doc__)]
+            assert not undocumented, f"{name}: {undocumented}"
+
+
 def test_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = small_llama()
     left = run_page(
@@ -154,6 +179,17 @@ def test_shira(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert left["model"].active_adapters == ["both"] and len(left["overlaps"]) == 28
     plain = left["model"].unload()
     assert all(torch.equal(weight, base[name]) for name, weight in plain.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it (pip install 'memsave[hf]')")
+    left = run_page("training.md", tmp_path, monkeypatch)
+    assert (tmp_path / "out" / "checkpoint-2" / "memsave.json").is_file() and (tmp_path / "state").is_dir()
+    texts = (DOCS / "training.md").read_text(), capsys.readouterr().out
+    shown, printed = (re.findall(r"([\d.]+) KiB", text[text.index("memsave: memory") :])[:4] for text in texts)
+    assert [float(size) for size in printed] == pytest.approx([float(size) for size in shown], rel=0.02)
+    assert applied_configs(left["model"].model.norm)
 
 
 def test_linear_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from .convolution import CONVOLUTION_CASES
 from .estimates import ESTIMATE_CASES
 from .kept import KEPT_CASES
 from .losses import LOSS_CASES
+from .methods import METHODS_CASES
 from .ops import OP_CASES
 from .routed_ffn import ROUTED_FFN_CASES
 from .sparse_attention import ATTENTION_CASES
@@ -23,6 +24,7 @@ from .variance import VARIANCE_CASES
 CASES: tuple[Case, ...] = (
     *OP_CASES,
     *TRAINING_CASES,
+    *METHODS_CASES,
     *ADAPTER_CASES,
     SWITCH_CASE,
     *LOSS_CASES,

@@ -15,6 +15,9 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+LONG_S = 90.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One thing to measure, as data. How each kind is measured is in `benchmarks/runners/`.
@@ -36,6 +39,11 @@ class Case:
     devices: tuple[str, ...] = ("cpu",)
     expected_s: float = 20.0
     tiny: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def long(self) -> bool:
+        """Whether it takes so long that a run of all cases leaves it out unless asked."""
+        return self.expected_s > LONG_S
 
     def at_toy_size(self) -> Self:
         return replace(self, **self.tiny)

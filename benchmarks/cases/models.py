@@ -96,6 +96,12 @@ large_vocabulary = partial(
     "LlamaForCausalLM",
     {**_LLAMA, "vocab_size": 8192, "max_position_embeddings": 512},
 )
+llama_wide = partial(
+    transformer,
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    {**_LLAMA, "vocab_size": 4096, "intermediate_size": 1024, "max_position_embeddings": 4096},
+)
 llama_1b = partial(
     transformer,
     "LlamaConfig",

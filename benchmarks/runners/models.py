@@ -17,9 +17,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import memsave
+from benchmarks.cases.methods import OwnVariant
 from benchmarks.cases.training import ModelCase
 from benchmarks.cases.variants import Variant
-from benchmarks.checks import check_exact, check_unbiased
+from benchmarks.checks import check_exact, check_own, check_unbiased
 
 from .steps import opened
 from .timing import elapsed, in_turns, no_garbage_collection, summary, synchronize
@@ -61,6 +62,11 @@ def checked(case: ModelCase, device: str) -> tuple[dict[str, float], dict[str, s
     for variant in case.variants:
         if variant.package and find_spec(variant.package) is None:
             left_out[variant.name] = f"{variant.package} is not installed"
+            continue
+        if isinstance(variant, OwnVariant):
+            with memsave.ops.use_reference():
+                reference = gradients(case, variant, device)
+            errors[variant.name] = check_own(variant.name, gradients(case, variant, device), reference)
             continue
         with may_be_left_out(variant, left_out), opened(case, variant, device) as step:
             found, sampled = step.gradients(), step.sampled()

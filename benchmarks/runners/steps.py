@@ -13,6 +13,7 @@ from inspect import getmembers, isclass
 import torch
 from torch import Tensor
 
+from benchmarks.cases.methods import MethodsCase
 from benchmarks.cases.training import ModelCase, StepCase, TrainingCase
 from benchmarks.cases.variants import Variant
 from memsave.config import applied_configs
@@ -96,7 +97,7 @@ class FullStep(Step):
         generator = torch.Generator().manual_seed(1)
         vocabulary = self.model.config.vocab_size
         self.tokens, self.labels = torch.randint(vocabulary, (2, *case.shape), generator=generator).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def forward(self) -> Tensor:
         return self.model(input_ids=self.tokens, labels=self.labels).loss
@@ -110,7 +111,7 @@ class FullStep(Step):
         self.optimizer.zero_grad(set_to_none=True)
 
 
-STEPS = {TrainingCase: ForwardBackward, StepCase: FullStep}
+STEPS = {TrainingCase: ForwardBackward, StepCase: FullStep, MethodsCase: FullStep}
 
 
 @contextmanager

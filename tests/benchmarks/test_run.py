@@ -240,9 +240,18 @@ def test_a_case_that_takes_longer_than_what_is_left_is_not_started(
 ) -> None:
     monkeypatch.setattr(run, "CASES", (replace(tiny_case(), expected_s=1e9), replace(tiny_case(), name="short")))
     bundle = tmp_path / "results.json"
-    assert run.main(["--repeats", "2", "--budget-s", "1000", "--bundle", str(bundle)]) == 0
+    assert run.main(["--long", "--repeats", "2", "--budget-s", "1000", "--bundle", str(bundle)]) == 0
     written = json.loads(bundle.read_text())
     assert list(written["results"]) == ["short"] and list(written["left_out"]) == ["tiny"]
+
+
+def test_long_cases_wait_until_they_are_asked_for() -> None:
+    def chosen(*arguments: str) -> set[str]:
+        return {case.name for case in run.parse_options(arguments).cases}
+
+    long = {case.name for case in CASES if "cpu" in case.devices and case.long}
+    assert long and chosen("--long") - chosen() == long == chosen("--case", *sorted(long))
+    assert sum(case.expected_s for case in CASES if "cpu" in case.devices and not case.long) <= 20 * 60
 
 
 @pytest.mark.parametrize("device", ["cuda", "gpu"])
