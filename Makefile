@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo adapters bench quality gpu clean
+.PHONY: help test lint fuzz sweep demo adapters bench quality gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -18,6 +18,12 @@ lint: $(VENV)/.installed-test ## style and types: ruff check, ruff format --chec
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.installed-test ## random inputs to ops, configs, files and models for five minutes; ARGS="--seconds 60 --only ops"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
+
+sweep: $(VENV)/.installed-test ## every model type of transformers: convert, compare, save, restore; results in docs/architectures.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.sweep $(ARGS)
 
 # Threads that wait for each other without spinning cost nothing on idle cores and save minutes on busy ones.
 demo: $(VENV)/.installed-bench ## train a small language model in every variant; outputs in build/demo

@@ -160,7 +160,7 @@ def run_all(cases: Sequence[Case], options: argparse.Namespace, record: Record) 
             record.leave_out(case.name, reason)
             continue
         print(f"\n{case.name}: {case.title}", flush=True)
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         try:
             data = run_case(case, options, record)
         except PackageMissing as missing:
@@ -175,7 +175,8 @@ def run_all(cases: Sequence[Case], options: argparse.Namespace, record: Record) 
             for name, reason in data["left_out"].items():
                 print(f"left out: {name}: {reason}")
             record.add(data)
-            print(f"took {time.monotonic() - start:.0f} s", flush=True)
+            took_s, cpu_s = time.monotonic() - start, time.process_time() - cpu_start
+            print(f"took {took_s:.0f} s, {cpu_s:.0f} s of CPU time", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

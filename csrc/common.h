@@ -48,7 +48,7 @@
 namespace memsave {
 
 // Raised with ABI_VERSION in memsave/ops/_native.py by a change of any kernel's arguments.
-constexpr int64_t kAbiVersion = 6;
+constexpr int64_t kAbiVersion = 7;
 
 enum DType : int64_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 

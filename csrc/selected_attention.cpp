@@ -146,7 +146,8 @@ MS_CLONES void tile_bfloat16(const Job& job, int64_t item, int64_t piece) { one_
 }  // namespace
 }  // namespace memsave
 
-// strides: those of batch, heads and rows, of query, key and value. sizes: B, kv, g, R, D, E, K, S.
+// strides: those of batch, heads and rows, of query, key and value. sizes: B, kv, g, R, D, E, K, S. Returns -1, or the number of
+// the first list that is none, with nothing written.
 MS_EXPORT int64_t ms_selected_attention(const void* query, const void* key, const void* value, const int64_t* strides,
                                         int64_t dtype, const int32_t* lists, const int64_t* sizes, double scale,
                                         int64_t pieces, void* scratch, void* output, void* logsumexp) {
@@ -159,6 +160,7 @@ MS_EXPORT int64_t ms_selected_attention(const void* query, const void* key, cons
                 sizes[2],          sizes[4],        sizes[5],          groups,
                 rows,              sizes[7],        scale,             output,
                 logsumexp,         scratch};
+  if (const int64_t wrong = first_wrong_list(job.lists, sizes[0] * groups * rows, job.keys); wrong >= 0) return wrong;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   in_pieces(sizes[0] * groups * tiles, pieces, [&](int64_t item, int64_t piece) {
     switch (dtype) {
@@ -168,5 +170,5 @@ MS_EXPORT int64_t ms_selected_attention(const void* query, const void* key, cons
       default: return tile_bfloat16(job, item, piece);
     }
   });
-  return 0;
+  return -1;
 }

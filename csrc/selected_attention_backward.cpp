@@ -180,7 +180,7 @@ void work(const Job& job, int64_t dtype, Step step, int64_t begin, int64_t end) 
 }  // namespace memsave
 
 // strides: those of batch, heads and rows, of doutput, query, key, value and output. sizes: B, kv, g, R, D, E, K, S, and how
-// many rows are worked on at once.
+// many rows are worked on at once. Returns -1, or the number of the first list that is none, with nothing written.
 MS_EXPORT int64_t ms_selected_attention_backward(const void* doutput, const void* query, const void* key,
                                                  const void* value, const void* output, const int64_t* strides,
                                                  int64_t dtype, const int32_t* lists, const void* logsumexp,
@@ -194,6 +194,7 @@ MS_EXPORT int64_t ms_selected_attention_backward(const void* doutput, const void
   Job job{rows_of(doutput, 0), rows_of(query, 1), rows_of(key, 2), rows_of(value, 3), rows_of(output, 4),
           {lists, groups, rows, sizes[6]}, sizes[2], sizes[4], sizes[5], groups, rows, keys, scale, logsumexp,
           dquery, dkey, dvalue, scratch, 0, 0};
+  if (const int64_t wrong = first_wrong_list(job.lists, batch * groups * rows, keys); wrong >= 0) return wrong;
   for (job.first = 0; job.first < rows; job.first = job.behind) {
     job.behind = std::min(rows, job.first + at_once);
     parallel_for(batch * groups * (job.behind - job.first), 1,
@@ -201,5 +202,5 @@ MS_EXPORT int64_t ms_selected_attention_backward(const void* doutput, const void
     parallel_for(batch * groups * ((keys + kRange - 1) / kRange), 1,
                  [&](int64_t begin, int64_t end) { work(job, dtype, Step::kRanges, begin, end); });
   }
-  return 0;
+  return -1;
 }

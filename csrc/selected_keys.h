@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "exponential.h"
@@ -37,6 +38,32 @@ struct Lists {
     return std::partition_point(list, list + length, [](int32_t key) { return key >= 0; }) - list;
   }
 };
+
+// Whether a list has ascending keys in [0, keys), then -1. Without an early end, so that it vectorizes: a kernel that trusted
+// its lists would read wherever a damaged one points.
+MS_CLONES static bool is_list(const int32_t* list, int64_t length, int32_t keys) {
+  if (length == 0) return true;
+  int32_t wrong = (list[0] < -1) | (list[0] >= keys);
+  for (int64_t i = 1; i < length; ++i) {
+    const int32_t key = list[i], before = list[i - 1];
+    wrong |= (key != -1) & ((before < 0) | (key <= before) | (key >= keys));
+  }
+  return wrong == 0;
+}
+
+// The number of the first of `count` lists that is none; -1 if all are.
+inline int64_t first_wrong_list(const Lists& lists, int64_t count, int64_t keys) {
+  constexpr int64_t kGrainElements = 1 << 15, kNoList = INT64_MAX;
+  const int32_t behind = static_cast<int32_t>(std::min<int64_t>(keys, INT32_MAX));
+  std::atomic<int64_t> first{kNoList};
+  parallel_for(count, 1 + kGrainElements / (1 + lists.length), [&](int64_t begin, int64_t end) {
+    while (begin < end && is_list(lists.values + begin * lists.length, lists.length, behind)) ++begin;
+    int64_t seen = first.load();
+    while (begin < end && begin < seen && !first.compare_exchange_weak(seen, begin)) {
+    }
+  });
+  return first == kNoList ? -1 : first.load();
+}
 
 MS_INLINE float exponential(float x) { return exp_of(x); }
 MS_INLINE double exponential(double x) { return std::exp(x); }

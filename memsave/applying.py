@@ -147,9 +147,12 @@ def _forget(module: nn.Module, config: MethodConfig) -> None:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is a child."""
+    """Put `new` wherever `old` is a child, also in the plain lists that some modules keep of theirs, and call."""
     for parent, name in list(_places(model, old)):
         setattr(parent, name, new)
+        for value in parent.__dict__.values():
+            if type(value) is list and any(item is old for item in value):
+                value[:] = [new if item is old else item for item in value]
 
 
 def _places(model: nn.Module, child: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Guarantee(str, Enum):
@@ -154,6 +154,14 @@ class MethodConfig:
         """
         return self.convert(module)
 
+    def why_not_load(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+        """Say in words why the converted `module` cannot take `tensors`, its part of a file by its own names, or None.
+
+        Names, shapes and kinds of numbers are known to fit. What a method reads as positions, or compares with other
+        values, is to be checked here: once values are being loaded, an error comes too late to leave the model alone.
+        """
+        return None
+
     def backend(self, module: nn.Module) -> str:
         """Name the kernels that serve `module` now: "torch", "native", "triton" or "reference"."""
         return "torch"
@@ -169,6 +177,8 @@ class MethodConfig:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> MethodConfig:
         """Make the config that `to_dict` described. Raises ValueError for an unknown method or field."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"expected a method and its settings by name, got {data!r}")
         settings = dict(data)
         name = settings.pop("method", None)
         known = {cls.name: cls for cls in _subclasses(MethodConfig) if "name" in cls.__dict__}
@@ -181,8 +191,12 @@ class MethodConfig:
 
     @staticmethod
     def from_json(text: str) -> MethodConfig:
-        """Make the config that `to_json` wrote."""
-        return MethodConfig.from_dict(json.loads(text))
+        """Make the config that `to_json` wrote. Raises ValueError for any other text."""
+        try:
+            data = json.loads(text)
+        except RecursionError as error:
+            raise ValueError(f"a config is one object; this text is nested too deeply: {error}") from None
+        return MethodConfig.from_dict(data)
 
     def __str__(self) -> str:
         settings = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -272,7 +286,7 @@ def _checked_targets(owner: str, field: str, value: object) -> str | tuple[str, 
     if isinstance(value, str) and value:
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{owner}.{field}: {value!r} is not a regular expression: {error}") from None
         return value
     if isinstance(value, (list, tuple, set, frozenset)) and value and all(isinstance(v, str) and v for v in value):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from sys import float_info
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class FlashSVDConfig(TargetedConfig):
             )
         if self.whiten not in WHITEN:
             raise ValueError(f"FlashSVDConfig.whiten: expected one of {list(WHITEN)}, got {self.whiten!r}")
-        if not (_is_number(self.damping) and 0 <= self.damping < float("inf")):
+        if not (_is_number(self.damping) and 0 <= self.damping <= float_info.max):
             raise ValueError(f"FlashSVDConfig.damping: expected a number of at least 0, got {self.damping!r}")
         if self.per_head and (self.energy is not None or self.allocation == "energy"):
             raise ValueError("FlashSVDConfig.per_head: expected rank or a uniform ratio with it, got energy")
@@ -230,12 +231,14 @@ class FlashSVDConfig(TargetedConfig):
         if "rank" in state:
             return empty_low_rank(module, **state)
         if "heads" in state:
+            layout = HeadLayout.from_dict(state["heads"])
             _register_attention(module)
             swap(module, HeadStreaming, self)
-            module.__dict__["_memsave_heads"] = HeadLayout.from_dict(state["heads"])
+            module.__dict__["_memsave_heads"] = layout
         else:
+            work = RowWork.from_dict(state["rows"])
             swap(module, RowWise, self)
-            module.__dict__["_memsave_rows"] = RowWork.from_dict(state["rows"])
+            module.__dict__["_memsave_rows"] = work
         return module
 
     def why_not_restore(self, module: nn.Module) -> str | None:

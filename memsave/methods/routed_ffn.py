@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from sys import float_info
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops
 from ..config import Guarantee, Survey, TargetedConfig, applied_configs
@@ -161,6 +161,12 @@ class RoutedFFNConfig(TargetedConfig):
     def rebuild(self, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         return self._empty(module, permuted=state["permuted"])
 
+    def why_not_load(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+        order = tensors.get("unit_order")
+        if order is None or order.sort().values.tolist() == list(range(len(order))):
+            return None
+        return f"unit_order is no order of its {len(order)} hidden units"
+
     def restore(self, module: nn.Module, *, adapters: str | None = None) -> nn.Module:
         assert isinstance(module, RoutedFFN)
         return dense(module, merge=adapters != "drop")
@@ -172,7 +178,7 @@ class RoutedFFNConfig(TargetedConfig):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -25,7 +25,7 @@ LIBRARY_NAME, _TORCH_NAME = _NAMES.get(platform.system(), ("_libmemsave.so", "li
 LIBRARY_PATH = Path(__file__).parent.parent / LIBRARY_NAME
 
 # Raised by a change of any kernel's arguments, here and in csrc/common.h: a stale library is refused, not called.
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 # DType in csrc/common.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}

@@ -10,6 +10,7 @@ Only JSON and safetensors are read and written, so loading runs no code from the
 from __future__ import annotations
 
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..applying import Change, apply_changes
 from ..config import TargetedConfig, applied_configs
-from ..errors import LoadError, SaveError
+from ..errors import LoadError, MemsaveError, SaveError
 from ..wrappers import INSIDE
 from . import record as records
 from . import weights
@@ -185,9 +186,22 @@ def _rebuild(model: nn.Module, record: Record, tensors: Mapping[str, Tensor], re
         weights.fill(model, tensors, replace=replace)
 
     def convert(change: Change, module: nn.Module) -> nn.Module:
-        return change.config.rebuild(module, saved[change.name][change.config.name].state)
+        return _rebuilt(change, module, saved[change.name][change.config.name].state)
 
     apply_changes(model, changes(), convert)
+
+
+def _rebuilt(change: Change, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+    try:
+        return change.config.rebuild(module, state)
+    except MemsaveError:
+        raise
+    except Exception as error:  # what a damaged or forged state leads to
+        where = change.name or "the model"
+        raise LoadError(
+            f"load: {change.config.name} cannot make {where} from what memsave.json says of it, {reprlib.repr(state)}: "
+            f"{error!r}. {_UNCHANGED}"
+        ) from error
 
 
 def _names(record: Record) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..config import applied_configs
+from ..config import MethodConfig, applied_configs
 from ..errors import LoadError, SaveError
 
 FILE = "model.safetensors"
@@ -83,6 +83,9 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str
     both = [name for name in own if name in tensors and not name.endswith(_EXTRA_STATE) and name not in optional]
     shapes = [f"{n} {[*tensors[n].shape]}, not {[*own[n].shape]}" for n in both if tensors[n].shape != own[n].shape]
     problems += _listed("of another shape in the file", shapes)
+    problems += _listed(
+        "of another kind of number in the file", [n for n in both if _kind(tensors[n]) != _kind(own[n])]
+    )
     every = [*model.named_parameters(), *model.named_buffers()]
     problems += _listed("on meta and not in any file", [n for n, t in every if t.is_meta and n not in own])
     if not any_dtype:
@@ -92,9 +95,29 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str
     pairs = [(one.setdefault(id(own[name]), name), name) for name in both]
     untied = [f"{a} and {b}" for a, b in pairs if tied.get(a, a) != tied.get(b, b)]
     problems += _listed("tied in the model and not in the file", untied)
+    if not problems:
+        problems = list(_refused(model, tensors))
     if problems:
         found = "; ".join(problems)
         raise LoadError(f"load: the checkpoint does not fit the model: {found}. The model was not changed.")
+
+
+def _kind(tensor: Tensor) -> object:
+    """What a tensor of another dtype must share with this one to stand for it."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1:  # formats of 8 bits cannot be computed with
+        return "floating"
+    return "complex" if tensor.is_complex() else tensor.dtype
+
+
+def _refused(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What the methods of converted modules say against values that fit otherwise."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for config in applied_configs(module).values():
+            if type(config).why_not_load is not MethodConfig.why_not_load:
+                own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+                if reason := config.why_not_load(module, own):
+                    yield f"{name}: {reason}" if name else reason
 
 
 def _optional_names(model: nn.Module) -> set[str]:

@@ -72,7 +72,7 @@ class Expected:
                 assert_same(output, right, name)
             else:
                 assert self.plain is not None, f"{self.spec.name}: an output that rounds needs `plain` in its OpSpec"
-                assert_within_budget(output, right, self.plain[i], name)
+                assert_within_budget(output, right, self.plain[i], name, slack=self.spec.slack)
 
 
 def _run(

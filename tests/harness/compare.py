@@ -30,7 +30,9 @@ def assert_same(actual: Any, expected: Any, where: str = "result") -> None:
         raise AssertionError(f"{where}: {_places(wrong, found, right)}")
 
 
-def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, where: str = "result") -> None:
+def assert_within_budget(
+    actual: Tensor, exact: Tensor, plain: Tensor, where: str = "result", *, slack: float = 0.0
+) -> None:
     """Largest error against float64 at most twice that of plain PyTorch, or of one rounding where that has less.
 
     What is infinite must be so, and does not count otherwise.
@@ -39,14 +41,16 @@ def assert_within_budget(actual: Tensor, exact: Tensor, plain: Tensor, where: st
         actual: the result, in the dtype of `plain`.
         exact: float64.
         plain: what plain PyTorch gives.
+        slack: see `OpSpec`.
     """
     _assert_same_form(actual, exact.shape, plain.dtype, where)
     if not exact.numel():
         return
     exact, found = exact.cpu(), actual.cpu().double()
     errors = _errors(found, exact)
-    rounding = torch.finfo(actual.dtype).eps / 2 * exact.abs().masked_fill(exact.isinf(), 0.0).max().item()
-    budget = 2 * max(_errors(plain.cpu().double(), exact).max().item(), rounding)
+    eps, largest = torch.finfo(actual.dtype).eps, exact.abs().masked_fill(exact.isinf(), 0.0).max().item()
+    error_of_plain = _errors(plain.cpu().double(), exact).max().item()
+    budget = 2 * max(error_of_plain, eps / 2 * largest, slack / 2 * eps * (1 + largest))
     wrong = ~(errors <= budget)
     if wrong.any():
         error = errors.max().item()  # NaN if there is one

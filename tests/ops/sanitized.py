@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from memsave.ops import _native
-from tests.cases.ops import CASES, cases_of
+from tests.cases.ops import CASES, cases_of, selected_attention
 from tests.cases.ops.inputs import inclusion, log_normal, matrix, row_indices, scales, seed
+from tests.cases.ops.selected_attention_backward import with_gradients
 from tests.harness import has_kernel, implementation
 
 
@@ -43,6 +44,11 @@ def run(op: str) -> None:
         for outside in (-1, 6, 2**31 - 1, -(2**31)):
             rows = torch.tensor([0, outside], dtype=torch.int32)
             must_refuse(launch, matrix(6, 4), *([matrix(2, 3)] if op == "sampled_matmul" else []), rows, scales(2))
+    if op in ("selected_attention", "selected_attention_backward"):
+        for wrong in ([2**31 - 1], [-2], [0, 23], [3, 3], [5, -1, 6]):
+            args = selected_attention.arguments(keep=len(wrong), fewer=False)
+            args[3][0, 0, 5] = torch.tensor(wrong)
+            must_refuse(launch, *(args if op == "selected_attention" else with_gradients(lambda args=args: args)))
     if op == "sddmm":
         for tokens in [*range(1, 34), 255, 256, 257, 272]:  # every remainder of a square and of a tile
             launch(matrix(tokens, 33), matrix(tokens, 17), row_indices(33 * 17, 40))

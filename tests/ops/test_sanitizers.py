@@ -1,4 +1,4 @@
-"""The C++ kernels, compiled with the address and undefined-behaviour sanitizers, over the case table."""
+"""The C++ kernels, compiled with sanitizers, over the case table: of addresses, undefined behaviour and threads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.harness import has_kernel
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
+PARALLEL_FOR = ROOT / "tests" / "ops" / "parallel_for.cpp"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 # One mistake in each kernel: op, source, what is right, what is wrong, and what the sanitizer says.
 MISTAKES = {
@@ -61,48 +63,128 @@ def runtime_of(compiler: str, name: str) -> str | None:
     return found if os.path.isabs(found) else None
 
 
-RUNTIMES = [runtime_of(COMPILER, name) for name in ("libasan.so", "libstdc++.so")] if COMPILER else [None]
+# Races that only the thread sanitizer sees: op, source, what is right, what is wrong.
+RACES = {
+    # Between the threads of one call: all pieces use the scratch memory of the first.
+    "pq_select": ("job.scratch + piece * job.keys;", "job.scratch;"),
+    # Between calls: they share what is on the stack of each.
+    "selected_attention": ("Wide query[kMaxHead], products", "static Wide query[kMaxHead], products"),
+}
+SANITIZERS = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
+RUNTIMES = {
+    name: [runtime_of(COMPILER, library) for library in (runtime, "libstdc++.so")] if COMPILER else [None]
+    for name, runtime in SANITIZERS.items()
+}
+ROUNDS = os.environ.get("MEMSAVE_FUZZ", "1")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(None in RUNTIMES or not CSRC.exists(), reason="needs g++ with libasan on Linux, and csrc/"),
+    pytest.mark.skipif(
+        any(None in paths for paths in RUNTIMES.values()) or not CSRC.exists(),
+        reason="needs g++ with libasan and libtsan on Linux, and csrc/",
+    ),
 ]
 
 
-def build(csrc: Path, library: Path, *options: str) -> Path:
+def build(csrc: Path, library: Path, *options: str, sanitizer: str = "address,undefined") -> Path:
     assert COMPILER is not None
-    flags = ["-std=c++17", "-g", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [str(path) for path in sorted(csrc.glob("*.cpp"))]
+    flags = [
+        "-std=c++17",
+        "-g",
+        "-ffp-contract=off",
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=all",
+        "-pthread",
+    ]
+    sources = [str(path) for path in (*sorted(csrc.glob("*.cpp")), PARALLEL_FOR)]
     subprocess.run([COMPILER, *flags, *options, "-shared", "-fPIC", *sources, "-o", str(library)], check=True)
     return library
 
 
-def run(library: Path, *ops: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(path for path in RUNTIMES if path),
+def environment(sanitizer: str) -> dict[str, str]:
+    """What a process needs that loads a library with a sanitizer."""
+    return {
+        "LD_PRELOAD": " ".join(path for path in RUNTIMES[sanitizer] if path),
         "ASAN_OPTIONS": "detect_leaks=0",  # torch and Python leave memory to the end of the process
+        # Of torch and Python, which are not compiled with it, the thread sanitizer sees only a part.
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-W", "ignore", "-m", "tests.ops.sanitized", str(library), *ops]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_kernels_are_clean(tmp_path: Path) -> None:
-    done = run(build(CSRC, tmp_path / "sanitized.so", "-O1"))
-    assert done.stdout.split() == [op for op in ops.backends() if has_kernel(op, "native")], done.stderr[-3000:]
+def run(
+    library: Path, *args: str, module: str = "sanitized", sanitizer: str = "address,undefined"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.ops.{module}", str(library), *args]
+    variables = os.environ | environment(sanitizer)
+    return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+
+
+def with_mistakes(folder: Path, mistakes: Iterable[tuple[str, str, str]]) -> Path:
+    """A copy of csrc/ with (op, what is right, what is wrong) changed."""
+    copy = Path(shutil.copytree(CSRC, folder / "csrc"))
+    for op, right, wrong in mistakes:
+        source = copy / f"{op}.cpp"
+        text = source.read_text()
+        assert text.count(right) == 1, f"{source.name} no longer contains {right!r} once: update this mistake"
+        source.write_text(text.replace(right, wrong))
+    return copy
+
+
+def kernels() -> list[str]:
+    return [op for op in ops.backends() if has_kernel(op, "native")]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(CSRC, tmp_path_factory.mktemp("clean") / "clean.so", "-O1")
+
+
+def test_kernels_are_clean(clean: Path) -> None:
+    done = run(clean)
+    assert done.stdout.split() == kernels(), done.stderr[-3000:]
+
+
+def test_kernels_are_clean_in_several_threads(clean: Path) -> None:
+    done = run(clean, ROUNDS, module="threaded")
+    assert done.stdout.split() == kernels(), done.stderr[-3000:]
+
+
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    # No clones: what chooses between them would run before the sanitizer is ready.
+    library = build(CSRC, tmp_path / "threads.so", "-O1", "-DMS_NO_CLONES", sanitizer="thread")
+    done = run(library, ROUNDS, module="threaded", sanitizer="thread")
+    assert done.stdout.split() == kernels(), done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def racing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library with every race."""
+    folder = tmp_path_factory.mktemp("racing")
+    copy = with_mistakes(folder, ((op, *change) for op, change in RACES.items()))
+    return build(copy, folder / "racing.so", "-O0", "-DMS_NO_CLONES", sanitizer="thread")
+
+
+@pytest.mark.parametrize("op", RACES)
+def test_a_race_is_noticed(op: str, racing: Path) -> None:
+    """A test of the test."""
+    done = run(racing, "1", op, module="threaded", sanitizer="thread")
+    assert done.returncode != 0 and done.stdout == ""
+    assert "ThreadSanitizer: data race" in done.stderr and f"{op}.cpp" in done.stderr, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with every mistake, each in a kernel of its own."""
     folder = tmp_path_factory.mktemp("broken")
-    copy = Path(shutil.copytree(CSRC, folder / "csrc"))
-    for op, (right, wrong, _) in MISTAKES.items():
-        source = copy / f"{op}.cpp"
-        text = source.read_text()
-        assert text.count(right) == 1, f"{source.name} no longer contains {right!r} once: update this mistake"
-        source.write_text(text.replace(right, wrong))
+    copy = with_mistakes(folder, ((op, right, wrong) for op, (right, wrong, _) in MISTAKES.items()))
     return build(copy, folder / "broken.so", "-O0", "-DMS_NO_CLONES")
+
+
+def test_a_mistake_is_noticed_in_several_threads(broken: Path) -> None:
+    done = run(broken, "1", "gather_rows", module="threaded")
+    assert done.returncode != 0 and done.stdout == ""
+    assert MISTAKES["gather_rows"][2] in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("op", MISTAKES)

@@ -126,7 +126,7 @@ def _read(source: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     try:
         settings = json.loads((source / CONFIG_NAME).read_text())
         kind = str(settings["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(f"load_adapter: {source / CONFIG_NAME} cannot be read: {error!r}. {_UNCHANGED}") from error
     if kind != _PEFT_SHIRA and not kind.startswith("MEMSAVE_"):
         raise LoadError(
@@ -157,20 +157,24 @@ def _from_peft(
         if part != "shira_weight":
             continue
         values, places = tensors[key], tensors.get(f"{layer}.shira_indices")
-        if places is None or tuple(places.shape) != (2, len(values)):
+        whole = places is not None and places.dtype in (torch.int32, torch.int64)
+        if places is None or not whole or values.ndim != 1 or tuple(places.shape) != (2, len(values)):
             raise LoadError(f"load_adapter: {source}: {layer}: its shira_indices are missing or damaged. {_UNCHANGED}")
         name = layer.removeprefix("base_model.model.")
         pairs[name], counts[name] = (places, values), places.unique(dim=1).shape[1]
     if not pairs:
         raise LoadError(f"load_adapter: {source} holds no values of SHIRA. {_UNCHANGED}")
-    config = SHiRAConfig(
-        mask="given",
-        masks="stored",
-        counts=counts,
-        target_modules=sorted(counts),
-        modules_to_save=settings.get("modules_to_save"),
-        task_type=settings.get("task_type"),
-    )
+    try:
+        config = SHiRAConfig(
+            mask="given",
+            masks="stored",
+            counts=counts,
+            target_modules=sorted(counts),
+            modules_to_save=settings.get("modules_to_save"),
+            task_type=settings.get("task_type"),
+        )
+    except (ValueError, TypeError) as error:
+        raise LoadError(f"load_adapter: {source / CONFIG_NAME} is damaged: {error}. {_UNCHANGED}") from error
     return config, _Later(pairs, {k: v for k, v in tensors.items() if ".shira_" not in k})
 
 

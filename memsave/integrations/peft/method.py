@@ -42,7 +42,15 @@ class AdapterMethod(MethodConfig):
     def __post_init__(self) -> None:
         if self.peft_config is None:
             self.__dict__["read"] = True
-            object.__setattr__(self, "peft_config", self.config_class(**json.loads(self.settings)))
+            object.__setattr__(self, "peft_config", self._read())
+        elif not isinstance(self.peft_config, self.config_class):
+            raise ValueError(f"{self.name}.peft_config: expected a {self.label}, got {self.peft_config!r}")
+
+    def _read(self) -> PeftConfig:
+        try:
+            return self.config_class(**json.loads(self.settings))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{self.name}.settings: expected those of a {self.label} as JSON: {error}") from error
 
     @classmethod
     def of(cls, config: PeftConfig) -> Self:

@@ -28,6 +28,7 @@ GROUP_BYTES_ELSEWHERE = 128 * 2**20
 _COLLECTING = "output_capturing_hook"
 """The hooks by which transformers collects outputs; it leaves them in place. The probabilities of parts are None."""
 _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _OTHER_INPUTS = ("encoder_hidden_states", "key_value_states", "layer_head_mask", "head_mask")
 
 
@@ -83,6 +84,8 @@ class HeadStreaming(Converted):
         """Whether this call may run by groups: without gradients, and as it was tried."""
         if not isinstance(x, Tensor) or x.dim() != 3 or plain(x) or autocast_enabled(x) or torch.is_grad_enabled():
             return False
+        if any(hasattr(value, "get_seq_length") for value in others):
+            return False  # a cache without its name, which each group would fill
         redirect = self._layout.redirect
         if redirect != asks_by_name(self.get_submodule(self._layout.inner)):  # type: ignore[attr-defined]
             return False  # the attention function is another one now than when it was tried
@@ -128,6 +131,7 @@ class GroupedCache:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self.heads = slice(0, 0)
+        self.is_updated: dict[int, bool] = {}  # of an encoder-decoder's cache: whether it holds the encoder's keys
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the heads of one group, (B, kv', T, D) each; they are all that the group attends to."""
@@ -139,6 +143,11 @@ class GroupedCache:
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return 0
+
+    @property
+    def self_attention_cache(self) -> GroupedCache:
+        """For modules that are given an encoder-decoder's cache and take their part themselves."""
+        return self
 
     def finish(self) -> None:
         """Give the cache what was collected."""
@@ -168,7 +177,7 @@ class _PassedOn:
 
 def _cache_in(kwargs: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The cache of keys and values among the arguments, and its name."""
-    found = ((name, kwargs.get(name)) for name in ("cache", "past_key_values", "past_key_value"))
+    found = ((name, kwargs.get(name)) for name in _CACHES)
     return next(((name, value) for name, value in found if value is not None), None)
 
 

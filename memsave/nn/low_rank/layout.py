@@ -82,10 +82,18 @@ class HeadLayout:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> HeadLayout:
         """What `to_dict` described."""
+        check_counts(data, "num_heads", "num_kv_heads", "head_size")
         scaled, sized = (None if data[name] is None else _pairs(data[name]) for name in ("scaled", "sized"))
         norm = data["key_norm"]
         norm = None if norm is None else (str(norm[0]), bool(norm[1]))
         return HeadLayout(**{**data, "scaled": scaled or (), "sized": sized, "key_norm": norm})
+
+
+def check_counts(data: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError unless these entries of what was read are whole numbers of at least 1."""
+    for name in names:
+        if isinstance(value := data[name], bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
 def _pairs(items: Any) -> tuple[tuple[str, str], ...]:

@@ -189,6 +189,9 @@ class FactoredWeight:
         """The weight as a tensor."""
         return self._linear.dense_weight()
 
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dense()[index]
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _in_place(name := getattr(func, "__name__", "")):

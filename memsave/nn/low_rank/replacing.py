@@ -6,7 +6,7 @@ W is (O, D), of rank R; W ~ second first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ def empty_low_rank(linear: nn.Module, rank: int, heads: int | None = None, *, la
     weight: Tensor = linear.weight  # type: ignore[assignment]
     bias: Tensor | None = linear.bias  # type: ignore[assignment]
     out_features, in_features = weight_of(linear).shape
+    _check_structure(out_features, in_features, rank, heads)
     made = LowRankLinear(
         in_features,
         out_features,
@@ -53,6 +54,19 @@ def empty_low_rank(linear: nn.Module, rank: int, heads: int | None = None, *, la
     made.__dict__["_dense"] = original_class(linear), attributes
     made.__dict__.update({name: linear.__dict__[name] for name in _HOOKS})
     return made
+
+
+def _check_structure(out_features: int, in_features: int, rank: object, heads: object) -> None:
+    """Raises ValueError for a structure that no linear of these features can have: one that was read may be any."""
+    if heads is not None and not (_is_count(heads, out_features) and out_features % heads == 0):
+        raise ValueError(f"heads: expected a divisor of the {out_features} output features or None, got {heads!r}")
+    most = min(out_features // (heads or 1), in_features)
+    if not _is_count(rank, most):
+        raise ValueError(f"rank: expected a whole number from 1 to {most}, got {rank!r}")
+
+
+def _is_count(value: object, most: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from ..eager import autocast_enabled, plain
 from ..linear import is_linear
 from ..matrix import as_matrix
 from ..mlp_graph import out_features
+from .layout import check_counts
 from .lazy_rows import LazyRows, chunk_rows, filled, kept_for_later, piece_bytes, rows_of
 from .linear import LowRankLinear
 
@@ -148,6 +149,7 @@ class RowWork:
     def from_dict(data: Mapping[str, Any]) -> RowWork:
         """What `to_dict` described."""
         kernel = data.get("kernel")
+        check_counts(data, "num_inputs", "out_features", "hidden_features")
         return RowWork(**{**data, "kernel": None if kernel is None else FusedBlock(**kernel)})
 
 

@@ -5,6 +5,8 @@ N rows, D features, B = ceil(D / 8) bytes per row, packed as `pack_bits` packs.
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -28,13 +30,13 @@ def masked_scale(x: Tensor, bits: Tensor, scale: float) -> Tensor:
     Args:
         x: (N, D) floating point, any strides.
         bits: (N, B) uint8, as `pack_bits` gives them, any strides.
-        scale: the factor; it is rounded to the dtype of the product first.
+        scale: the factor, finite and not below 0; it is rounded to the dtype of the product first.
 
     Returns:
         (N, D), contiguous, dtype of x.
 
     Raises:
-        ValueError: a tensor of another shape or dtype, tensors on several devices.
+        ValueError: a tensor of another shape or dtype, tensors on several devices, a scale out of range.
         RuntimeError: an input requires grad while grad mode is on.
     """
     _check.floating("x", x, 2)
@@ -44,5 +46,7 @@ def masked_scale(x: Tensor, bits: Tensor, scale: float) -> Tensor:
             f"bits must have one bit for each element of x {tuple(x.shape)}, and each row its own bytes: "
             f"expected {(x.shape[0], (x.shape[1] + 7) // 8)}, got {tuple(bits.shape)}."
         )
+    if not 0 <= scale < inf:
+        raise ValueError(f"scale must be a finite factor, not below 0; got {scale}.")
     _check.same_device(x=x, bits=bits)
     return _op(x, bits, scale)

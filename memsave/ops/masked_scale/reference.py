@@ -11,7 +11,7 @@ from torch import Tensor
 
 def masked_scale(x: Tensor, bits: Tensor, scale: float) -> Tensor:
     places = torch.arange(8, device=x.device, dtype=torch.uint8)
-    spread = (bits[:, :, None] >> places) & 1  # (N, B, 8)
+    spread = (bits.contiguous()[:, :, None] >> places) & 1  # (N, B, 8)
     mask = spread.view(x.shape[0], bits.shape[1] * 8)[:, : x.shape[1]]  # (N, D)
     factors = mask.to(torch.promote_types(x.dtype, torch.float32)).mul_(scale)
     return factors.mul_(x).to(x.dtype)

@@ -16,6 +16,9 @@ from ..pq_encode import MAX_CODEWORDS, MAX_SUBSPACES
 from . import reference
 
 MAX_KEYS = 2**31 - 1
+FARTHEST = 2**61
+"""From key 0, in keys: a quarter of what 64 bits hold."""
+MAX_BLOCK = 2**16
 
 _op = register(
     "pq_select(Tensor table, Tensor codes, Tensor? mask, bool is_causal, int window, int position, int keep) -> Tensor",
@@ -54,8 +57,7 @@ def pq_select(
     check_codes(codes, batch, heads, subspaces, entries)
     if not 1 <= keep <= MAX_KEYS:
         raise ValueError(f"keep must be at least 1 key for each row; got {keep}.")
-    if window < 0:
-        raise ValueError(f"window must be a number of keys, or 0 for no limit; got {window}.")
+    check_places(window, position)
     check_mask(mask, (batch, heads, rows, codes.shape[3]))
     _check.same_device(table=table, codes=codes, mask=mask)
     return _op(table, codes, mask, is_causal, window, position, keep)
@@ -72,6 +74,20 @@ def check_codes(codes: Tensor, batch: int, heads: int, subspaces: int, entries: 
     expected = (batch, heads, (subspaces + 1) // 2)
     if codes.shape[:3] != expected:
         raise ValueError(f"codes must be (B, H, P, S) with (B, H, P) = {expected}; got {tuple(codes.shape)}.")
+
+
+def check_places(window: int, position: int) -> None:
+    """Raises ValueError where sums of these with numbers of keys could overflow, and for a negative window."""
+    if not 0 <= window <= FARTHEST:
+        raise ValueError(f"window must be a number of keys, or 0 for no limit; got {window}.")
+    if abs(position) > FARTHEST:
+        raise ValueError(f"position must be the number of a key, before or behind them at most; got {position}.")
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises ValueError for less than one key, and where a block would be far longer than any."""
+    if not 1 <= block_size <= MAX_BLOCK:
+        raise ValueError(f"block_size must be at least 1, and at most {MAX_BLOCK}; got {block_size}.")
 
 
 def check_mask(mask: Tensor | None, full: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _check
 from .._library import register
-from ..pq_select import check_codes, check_mask
+from ..pq_select import check_block_size, check_codes, check_mask, check_places
 from . import reference
 
 LEVELS = 256
@@ -71,13 +71,10 @@ def pq_select_blocks(
     check_codes(codes, batch, heads, subspaces, entries)
     if weights.shape != (*table.shape[:4], LEVELS):
         raise ValueError(f"weights must be {(*table.shape[:4], LEVELS)}, as table is; got {tuple(weights.shape)}.")
-    if keep < 1 or block_size < 1 or representatives < 1:
-        raise ValueError(
-            f"keep, block_size and the representatives of a block must be at least 1; got {keep}, {block_size} and "
-            f"{representatives}."
-        )
-    if window < 0:
-        raise ValueError(f"window must be a number of keys, or 0 for no limit; got {window}.")
+    if keep < 1 or representatives < 1:
+        raise ValueError(f"keep and the representatives of a block must be at least 1; got {keep}, {representatives}.")
+    check_block_size(block_size)
+    check_places(window, position)
     check_mask(mask, (batch, heads, blocks, codes.shape[3]))
     _check.same_device(table=table, weights=weights, codes=codes, mask=mask)
     return _op(table, weights, codes, mask, is_causal, window, position, block_size, keep, local)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _check
 from .._library import register
-from ..pq_select import check_mask
+from ..pq_select import check_block_size, check_mask, check_places
 from . import reference
 from .blocks import statistics_dtype
 
@@ -48,7 +48,7 @@ def selected_attention(
         query: (B, h, R, D) floating point, any strides.
         key, value: (B, kv, S, D) and (B, kv, S, E), dtype of query, any strides.
         indices: (B, kv, N, K) int32: ascending numbers of key blocks (of single keys for block_size 1), without
-            repeats, then -1. Values outside that lead to undefined results.
+            repeats, then -1. On CUDA and for blocks, other values lead to undefined results.
         mask: bool, True where a query sees a key, broadcast to (B, kv, R, S); or None.
         is_causal, window, position: see `pq_select`.
         block_size: of the blocks of queries and of keys; the last ones may be smaller.
@@ -60,9 +60,10 @@ def selected_attention(
     Raises:
         ValueError: a tensor of another shape or dtype, a number outside its range, tensors on several devices; a mask,
             is_causal or window with block_size 1, where indices say it all.
+        IndexError: a list of single keys that is not as said, on the CPU.
         RuntimeError: an input requires grad while grad mode is on.
     """
-    check_inputs(query, key, value, indices, mask, is_causal, window, block_size)
+    check_inputs(query, key, value, indices, mask, is_causal, window, position, block_size)
     output, logsumexp = _op(query, key, value, indices, mask, is_causal, window, position, block_size, scale)
     return output, logsumexp
 
@@ -75,6 +76,7 @@ def check_inputs(
     mask: Tensor | None,
     is_causal: bool,
     window: int,
+    position: int,
     block_size: int,
 ) -> None:
     """Raises ValueError for what `selected_attention` and its backward do not take."""
@@ -93,14 +95,12 @@ def check_inputs(
         raise ValueError(
             f"value must be (B, kv, S, E) with the sizes of key, {tuple(key.shape[:3])}; got {tuple(value.shape)}."
         )
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1; got {block_size}.")
+    check_block_size(block_size)
     expected = (batch, groups, -(-rows // block_size))
     if indices.shape[:3] != expected:
         raise ValueError(f"indices must be (B, kv, N, K) with (B, kv, N) = {expected}; got {tuple(indices.shape)}.")
     if block_size == 1 and (mask is not None or is_causal or window):
         raise ValueError("mask, is_causal and window are for blocks; with block_size 1 indices name visible keys only.")
-    if window < 0:
-        raise ValueError(f"window must be a number of keys, or 0 for no limit; got {window}.")
+    check_places(window, position)
     check_mask(mask, (batch, groups, rows, keys))
     _check.same_device(query=query, key=key, value=value, indices=indices, mask=mask)

@@ -48,12 +48,22 @@ def launch(
     logsumexp = query.new_empty(query.shape[:3], dtype=wide)
     scratch = query.new_empty(_scratch_elements(query, key, value, indices), dtype=wide)
     counts = numbers(*sizes(query, key, value, indices), key.shape[2])
-    _kernel(
+    wrong = _kernel(
         *(query.data_ptr(), key.data_ptr(), value.data_ptr(), numbers(*row_strides(query, key, value))),
         *(DTYPE_CODES[query.dtype], indices.data_ptr(), counts, scale),
         *(PIECES, scratch.data_ptr(), output.data_ptr(), logsumexp.data_ptr()),
     )
+    refuse(wrong, indices, key.shape[2])
     return output, logsumexp
+
+
+def refuse(wrong: int, indices: Tensor, keys: int) -> None:
+    """Raises IndexError for the list of this number, unless it is -1."""
+    if wrong >= 0:
+        raise IndexError(
+            f"indices: list {wrong} is {indices.view(-1, indices.shape[3])[wrong].tolist()}; expected ascending "
+            f"numbers in [0, {keys}), then -1. Nothing was computed."
+        )
 
 
 def serves(query: Tensor, value: Tensor, block_size: int) -> bool:

@@ -54,9 +54,10 @@ def selected_attention_backward(
 
     Raises:
         ValueError: a tensor of another shape or dtype, a number outside its range, tensors on several devices.
+        IndexError: as there.
         RuntimeError: an input requires grad while grad mode is on.
     """
-    check_inputs(query, key, value, indices, mask, is_causal, window, block_size)
+    check_inputs(query, key, value, indices, mask, is_causal, window, position, block_size)
     wide = statistics_dtype(query)
     shape = (*query.shape[:3], value.shape[3])
     for name, tensor in (("doutput", doutput), ("output", output)):

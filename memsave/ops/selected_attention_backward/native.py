@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._native import DTYPE_CODES, function
 from ..selected_attention.blocks import statistics_dtype
-from ..selected_attention.native import by_rows, copied_bytes, numbers, row_strides, serves, sizes
+from ..selected_attention.native import by_rows, copied_bytes, numbers, refuse, row_strides, serves, sizes
 from . import reference
 
 SCRATCH_BYTES = 2 * 2**20
@@ -52,12 +52,13 @@ def launch(
     rows = rows_at_once(query, indices)
     scratch = query.new_empty(_scratch_elements(query, indices, rows), dtype=statistics_dtype(query))
     counts = numbers(*sizes(query, key, value, indices), key.shape[2], rows)
-    _kernel(
+    wrong = _kernel(
         *(doutput.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr()),
         *(numbers(*row_strides(doutput, query, key, value, output)), DTYPE_CODES[query.dtype], indices.data_ptr()),
         *(logsumexp.data_ptr(), counts, scale, scratch.data_ptr()),
         *(dquery.data_ptr(), dkey.data_ptr(), dvalue.data_ptr()),
     )
+    refuse(wrong, indices, key.shape[2])
     return dquery
 
 

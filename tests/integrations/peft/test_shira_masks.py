@@ -168,8 +168,8 @@ def test_wrong_calibration(calibration: Any, words: str, unchanged: Any) -> None
         ({"seed": 2**63}, "seed: expected a whole number"),
         ({"keep_ratio": 0.0}, "keep_ratio: expected a fraction"),
         ({"keep_ratio": 1.1}, "keep_ratio: expected a fraction"),
-        ({"dtype": "int8"}, "dtype: expected the name of a floating dtype"),
-        ({"dtype": "nothing"}, "dtype: expected the name of a floating dtype"),
+        ({"dtype": "int8"}, "dtype: expected one of"),
+        ({"dtype": "nothing"}, "dtype: expected one of"),
         ({"mask": "best"}, "mask: expected one of .'random', .*got 'best'"),
         ({"mask": "given"}, "'given' needs masks='stored'"),
         ({"masks": "all"}, "masks: expected one of"),
@@ -240,5 +240,5 @@ def test_every_changed_bit_of_a_stored_mask_is_noticed() -> None:
             with pytest.raises(ValueError, match="mask"):
                 mask.indices(wrong)
     for wrong in (code[:-1], torch.cat((code, code[:1])), code.to(torch.int32)):
-        with pytest.raises(ValueError, match="expected the mask of 5 of 300|checksum"):
+        with pytest.raises(ValueError, match="expected the mask of 5 of 300|expected a mask as bytes|checksum"):
             mask.indices(wrong)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
+from sys import float_info
 from typing import Any
 
 import torch
 from peft import PeftConfig
 
 from ..registration import peft_type
+from ..targets import checked_targets
 
 RANKS = ("uniform", "energy")
 SVDS = ("randomized", "exact")
@@ -69,10 +70,11 @@ class LaMDAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = peft_type("MEMSAVE_LAMDA")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
-                setattr(self, name, set(getattr(self, name)))
+            setattr(self, name, checked_targets("LaMDAConfig", name, getattr(self, name)))
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
+        if self.rank_pattern is not None and not isinstance(self.rank_pattern, dict):
+            raise ValueError(f"LaMDAConfig: expected rank_pattern to map names to ranks, got {self.rank_pattern!r}")
         self.rank_pattern = dict(self.rank_pattern or {})
         self._check_numbers()
         self._check_choices()
@@ -88,7 +90,7 @@ class LaMDAConfig(PeftConfig):
             raise ValueError(f"LaMDAConfig: expected min_rank <= r <= max_rank, got {low}, {self.r} and {high}")
         for key, rank in (self.rank_pattern or {}).items():
             _check_int(f"rank_pattern[{key!r}]", rank, 1)
-        if not _is_number(self.alpha) or not isfinite(self.alpha):
+        if not _is_number(self.alpha) or not abs(self.alpha) <= float_info.max:
             raise ValueError(f"LaMDAConfig: expected alpha to be a finite number, got {self.alpha!r}")
         if not _is_number(self.freeze_until) or not 0 <= self.freeze_until <= 1:
             raise ValueError(f"LaMDAConfig: expected freeze_until in [0, 1], got {self.freeze_until!r}")

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..method import AdapterMethod
+from ..method import ADAPTER, AdapterMethod
 from .config import LaMDAConfig
 from .decomposition import postponed
+from .fingerprint import DTYPES, HEAD, make_record, why_not_same
 from .layer import LaMDALinear
+from .storage import PREFIX, layers_with
 from .targets import problems
 
 
@@ -36,3 +38,13 @@ class LaMDAMethod(AdapterMethod):
         config.rank_pattern = dict(state["rank_pattern"])
         with postponed():  # the weights are loaded afterwards, and with them A and B are made
             return type(self)(settings=self.settings, peft_config=config).convert(module)
+
+    def why_not_load(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+        for name in layers_with(module, ADAPTER):
+            record, weight = (tensors[f"{name}.{key}"] for key in (f"{PREFIX}record.{ADAPTER}", "base_layer.weight"))
+            if weight.dtype not in DTYPES:
+                return f"{name}: its base weight is {weight.dtype}"
+            own = make_record(weight, weight.new_zeros(1, max(0, len(record) - HEAD)))
+            if reason := why_not_same(record, own, weight, compare_sketch=False):
+                return f"{name}: {reason}"
+        return None

@@ -11,10 +11,12 @@ from peft import PeftConfig
 
 from ....nn.rows import KeepRows
 from ..registration import peft_type
+from ..targets import checked_targets
 
 MASKS = ("random", "magnitude", "struct", "gradient", "snip", "given")
 CALIBRATED = ("gradient", "snip")
 APPLY = ("auto", "added")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -74,8 +76,7 @@ class SHiRAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = peft_type("MEMSAVE_SHIRA")
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), (list, tuple)):
-                setattr(self, name, set(value))
+            setattr(self, name, checked_targets("SHiRAConfig", name, getattr(self, name)))
         for name, known in (("mask", MASKS), ("apply", APPLY), ("masks", ("select", "stored"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"SHiRAConfig.{name}: expected one of {list(known)}, got {getattr(self, name)!r}")
@@ -95,8 +96,11 @@ class SHiRAConfig(PeftConfig):
             raise ValueError(f"SHiRAConfig.r: expected a whole number of at least 1, got {self.r!r}")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"SHiRAConfig.seed: expected a whole number in [0, 2^63), got {self.seed!r}")
-        if self.dtype is not None and not getattr(getattr(torch, self.dtype, None), "is_floating_point", False):
-            raise ValueError(f"SHiRAConfig.dtype: expected the name of a floating dtype or None, got {self.dtype!r}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"SHiRAConfig.dtype: expected one of {list(DTYPES)} or None, got {self.dtype!r}")
+        counts = {} if self.counts is None else self.counts
+        if not isinstance(counts, dict) or not all(_is_whole(count) and count >= 1 for count in counts.values()):
+            raise ValueError(f"SHiRAConfig.counts: expected whole numbers of at least 1 by names, got {counts!r}")
 
     @property
     def keep(self) -> KeepRows | None:

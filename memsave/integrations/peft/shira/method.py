@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .... import ops
-from ..method import AdapterMethod
+from ..method import ADAPTER, AdapterMethod
 from .config import SHiRAConfig
 from .layer import SHiRALinear
-from .model import problems
+from .model import loading_problems, problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,9 @@ class SHiRAMethod(AdapterMethod):
 
     def rebuild(self, module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         return type(self)(settings=self.settings, peft_config=self._with_stored_masks()).convert(module)
+
+    def why_not_load(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+        return "; ".join(loading_problems(module, ADAPTER, tensors)) or None
 
     def _with_stored_masks(self) -> SHiRAConfig:
         return SHiRAConfig(**{**json.loads(self.settings), "masks": "stored"})

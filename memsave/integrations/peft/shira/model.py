@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig
@@ -150,9 +151,19 @@ def _why_not_weight(config: SHiRAConfig, weight: Tensor) -> str | None:
     return None
 
 
-def check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+def check_loadable(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Raise LoadError unless `state_dict` has fitting values and a valid mask for every layer of the adapter, and for
     no other."""
+    if problems := loading_problems(model, adapter_name, state_dict):
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise LoadError(
+            f"SHiRA: the file does not fit adapter {adapter_name!r}: {'; '.join(problems[:3])}{more}. "
+            "Nothing was loaded."
+        )
+
+
+def loading_problems(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """What `check_loadable` finds, in words."""
     problems = []
     known: set[str] = set()
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -168,21 +179,15 @@ def check_loadable(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
         values, code = (next((state_dict[key] for key in names if key in state_dict), None) for names in keys)
         if values is None or code is None:
             problems.append(f"{name}: its values or its mask are missing")
-        elif tuple(values.shape) != (mask.count,):
-            problems.append(f"{name}: expected {mask.count} values, got shape {tuple(values.shape)}")
+        elif tuple(values.shape) != (mask.count,) or not values.is_floating_point():
+            problems.append(f"{name}: expected {mask.count} values, got {values.dtype} of shape {tuple(values.shape)}")
         else:
             try:
                 mask.indices(code)
             except ValueError as error:
                 problems.append(f"{name}: {error}")
     strange = sorted(key for key in state_dict if ".memsave_shira_" in key and key not in known)
-    problems += [f"{key}: the model has no such layer" for key in strange]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise LoadError(
-            f"SHiRA: the file does not fit adapter {adapter_name!r}: {'; '.join(problems[:3])}{more}. "
-            "Nothing was loaded."
-        )
+    return problems + [f"{key}: the model has no such layer" for key in strange]
 
 
 def _names_of(weight: Tensor, model: nn.Module) -> list[str]:

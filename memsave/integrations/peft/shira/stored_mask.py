@@ -59,6 +59,8 @@ class StoredMask:
         Raises:
             ValueError: `code` is not that of such a mask.
         """
+        if code.dtype != torch.uint8 or code.ndim != 1:
+            raise ValueError(f"expected a mask as bytes, got {code.dtype} of shape {tuple(code.shape)}")
         if self.kind != RANDOM:
             code, checksum = code[:-_CHECKSUM_BYTES].cpu(), code[-_CHECKSUM_BYTES:].cpu()
             indices = elias_fano.decode(code, self.count, self.numel)
