@@ -169,5 +169,9 @@ def _set(config: Any, name: str) -> None:
 def _asks_the_registry(cls: type[PreTrainedModel]) -> bool:
     """Whether the classes beside `cls` find their attention by name and none of them asks for "sdpa" itself."""
     source = inspect.getsource(sys.modules[cls.__module__])
-    by_name = re.search(r"_attn_implementation\s*(==|!=|in|not in)\s*[\[(\"'][^\n]*[\"']sdpa[\"']", source)
-    return cls._can_set_attn_implementation() and by_name is None
+    return cls._can_set_attn_implementation() and not asks_for_sdpa(source)
+
+
+def asks_for_sdpa(source: str) -> bool:
+    """Whether code asks for "sdpa" itself: where the name is another, it would make, say, another kind of mask."""
+    return re.search(r"_attn_implementation\s*(==|!=|in|not in)\s*[^\n]*[\"']sdpa[\"']", source) is not None

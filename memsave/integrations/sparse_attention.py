@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import sys
 from functools import cache, partial
 from typing import Any
@@ -39,6 +40,9 @@ _OTHER_STATES = {"key_value_states", "encoder_hidden_states", "cross_attention_s
 """Arguments of modules that can attend to something else than their own tokens."""
 _STANDS_FOR = {"sdpa": SPARSE, exact.NAME: SPARSE_SHARED}
 _CONFIG = "_memsave_config"
+_READS_MASKS = re.compile(r"attention_mask\[:, (0\b|:, :)")
+_ORDERED, _UNORDERED, _WINDOW = torch.int8, torch.uint8, torch.int32
+"""What the dtype of a mask (B, S) says besides: causal, bidirectional, or causal within a window."""
 
 
 def attention_forward(
@@ -77,10 +81,12 @@ def _visibility(
     """What the queries see, as in transformers: a mask of T x S says it all; one of S leaves out the order."""
     rows, keys = query.shape[2], key.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    ordered = causal and (mask is None or mask.dim() == 2)
+    ordered = mask is None and causal
+    if mask is not None and mask.dim() == 2:  # the model's mask says the order, whatever the module says of itself
+        ordered = mask.dtype in (_ORDERED, _WINDOW) or (causal and mask.dtype != _UNORDERED)
     local = ordered or (rows == keys and (causal or _attends_to_itself(module)))
     window = 0
-    if mask is not None and mask.dim() == 2 and mask.dtype == torch.int32:
+    if mask is not None and mask.dim() == 2 and mask.dtype == _WINDOW:
         window = int(mask.max()) - 1
     shape = (query.shape[0], query.shape[1], rows, keys)
     seen = masks.visible(mask, shape, key.shape[1], type(module).__name__)
@@ -156,9 +162,10 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask of a model's layers: None, padding (B, S), or transformers' own (B, 1, T, S) where that does not say it.
 
-    Padding is bool; in a sliding window int32, 0 for padding and the window's size plus 1 elsewhere. Where several
-    queries stand beside the last of more keys, it says so even if there is none: without a mask they would stand beside
-    the first, as in torch.
+    The dtype of padding says in which order tokens are seen; in a sliding window it is 0 for padding and the window's
+    size plus 1 elsewhere. Where several queries stand beside the last of more keys, it says so even if there is none:
+    without a mask they would stand beside the first, as in torch. A caller that forbids to skip a mask, to put several
+    together, gets transformers' own.
     """
     given = dict(
         batch_size=batch_size,
@@ -177,7 +184,9 @@ def attention_mask(
     ordered = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
     if window or not ordered:
         ordered = allow_is_causal_skip and local_size is not None and _is_window(mask_function, given)
-    if not (at_the_end and ordered):
+    bidirectional = mask_function is bidirectional_mask_function
+    skips = kwargs.get("allow_is_bidirectional_skip", True) if bidirectional else allow_is_causal_skip
+    if not (at_the_end and ordered and skips):
         made: Tensor | None = sdpa_mask(**given)
         return made
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -186,7 +195,11 @@ def attention_mask(
         padding = None if padding.all() else padding
     if padding is None and (window or 1 < q_length < kv_length):
         padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-    return padding.to(torch.int32) * (window + 1) if window and padding is not None else padding
+    if padding is None:
+        return None
+    if window:
+        return padding.to(_WINDOW) * (window + 1)
+    return padding.to(_UNORDERED if bidirectional else _ORDERED)
 
 
 def _is_window(mask_function: Any, given: dict[str, Any]) -> bool:
@@ -217,8 +230,10 @@ def why_not(module: nn.Module) -> str | None:
     if implementation not in known:
         return f"its attention is {implementation!r}; only 'sdpa' (set_attn_implementation) can be converted"
     source = inspect.getsource(sys.modules[type(module).__module__])
-    if "ALL_ATTENTION_FUNCTIONS" not in source:
+    if "ALL_ATTENTION_FUNCTIONS" not in source or exact.asks_for_sdpa(source):
         return f"the code of {type(module).__name__} chooses its attention without transformers' registry"
+    if _READS_MASKS.search(source):
+        return f"the code of {type(module).__name__} reads the whole mask of T x S itself, to choose keys of its own"
     return None
 
 

@@ -191,7 +191,8 @@ class _Linear(torch.autograd.Function):
             return x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], weight.shape[1 if transposed else 0])
         with no_autocast(x):
             w = weight.to(dtype)
-            return F.linear(x.to(dtype), w.t() if transposed else w, None if bias is None else bias.to(dtype))
+            y = F.linear(x.to(dtype), w.t() if transposed else w, None if bias is None else bias.to(dtype))
+        return y.detach()  # the same memory, and no view: it may be modified in place
 
     @staticmethod
     @once_differentiable

@@ -56,9 +56,9 @@ def run_in_chunks(block: Callable[[Tensor], Tensor], x: Tensor, num_chunks: int)
 
 
 def chunks_of(num_rows: int, num_chunks: int) -> Iterator[slice]:
-    """Slices of about equal length that cover all rows."""
+    """Slices of about equal length that cover all rows: one, though empty, where there is no row."""
     size = max(1, -(-num_rows // num_chunks))
-    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+    return (slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size))
 
 
 def recomputed(work: Work, x: Tensor, seed: Tensor | None) -> Tensor:
@@ -104,7 +104,7 @@ class _Recomputed(torch.autograd.Function):
         # The parameters themselves, to learn of changes in place; which objects they are, to learn of other changes.
         ctx.save_for_backward(*kept_and_parameters)
         ctx.parameters = [weakref.ref(p) for p in parameters]
-        return run_in_chunks(work.block, x, work.num_chunks)
+        return run_in_chunks(work.block, x, work.num_chunks).detach()  # no view: it may be modified in place
 
     @staticmethod
     @once_differentiable

@@ -231,7 +231,10 @@ def _is_read_through_another(source: fx.Node, node: fx.Node, order: Mapping[fx.N
 
 def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    try:
+        return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    except NotImplementedError as error:  # of a tensor within torch.func.vmap
+        raise CannotTrace(f"{node.name} has no memory of its own: {error}") from error
 
 
 def _take_part(graph: fx.Graph, node: fx.Node) -> None:

@@ -393,3 +393,12 @@ def test_models_inside_others_and_under_lora_are_found() -> None:
     assert inner.config._attn_implementation == NAME
     memsave.restore_model(model)
     assert inner.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("check", ['== "sdpa"', "!= 'sdpa'", 'in ("eager", "sdpa")', 'not in ["sdpa"]'])
+def test_code_that_asks_for_sdpa_by_name_is_left_alone(check: str) -> None:
+    """It would take the other branch, say with a mask of another kind, where the name is not the plain one."""
+    from memsave.integrations.attention import asks_for_sdpa
+
+    assert asks_for_sdpa(f"    if self.config._attn_implementation {check}:\n        return mask\n")
+    assert not asks_for_sdpa("    interface = get_interface(self.config._attn_implementation, eager)  # or 'sdpa'\n")

@@ -376,3 +376,14 @@ def test_gradients_accumulate_and_a_second_backward_works() -> None:
         x.requires_grad_()
         (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
         dx.sum().backward()
+
+
+def test_a_block_without_rows_gives_zeros_for_gradients() -> None:
+    """As plain linears do: experts, and the blocks of a kind of token that a batch lacks, are called so."""
+    model = nn.Sequential(plain_mlp())
+    memsave.convert_model(model, RecomputeMLPConfig(recompute="all"))
+    width = next(model.parameters()).shape[1]
+    x = torch.randn(0, width, requires_grad=True)
+    model(x).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    assert x.grad is not None and x.grad.shape == x.shape

@@ -386,3 +386,14 @@ def test_between_convolutions(case: Case) -> None:
     subject = Subject.of(module, torch.randn(1, C, *case.size, dtype=torch.float64))
     check_both_schedules(subject, case.sliceable)
     check_macs(subject, subject.stretch((0,), rows=3))
+
+
+SINGLE = [case for case in ELEMENTWISE if case.between and "dtype" not in case.name]
+
+
+@pytest.mark.parametrize("case", SINGLE, ids=[case.name for case in SINGLE])
+def test_elementwise_in_float32(case: Case) -> None:
+    """torch has kernels of its own for it, which may write by other strides than those of `out`."""
+    first, second = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 5, padding=2)
+    module = lively(nn.Sequential(first, case.module(), second, case.module()))
+    check_both_schedules(Subject.of(module, torch.randn(2, C, *case.size)), case.sliceable)

@@ -116,7 +116,9 @@ class Pointwise(Local):
 
     def bind(self, out: Region, got: Sequence[Region]) -> Compute:
         target: Any = self.node.target
-        kwargs, order, into = dict(self.node.kwargs), self._order, self._out
+        kwargs: dict[str, Any] = dict(self.node.kwargs)
+        order, into = self._order, self._out
+        into = _gelu_into if target is aten.gelu.default else into
         if fast := _simple(self.node, order):
             plain, writing = fast
             return lambda *tensors, out=None: plain(*tensors) if out is None else writing(*tensors, out)
@@ -126,6 +128,13 @@ class Pointwise(Local):
             return target(*args, **kwargs) if out is None else into(*args, **kwargs, out=out)
 
         return compute
+
+
+def _gelu_into(x: Tensor, *, out: Tensor, **kwargs: Any) -> Tensor:
+    """torch's GELU on the CPU writes by the strides of x, whatever those of `out` are."""
+    if out.stride() == x.stride():
+        return aten.gelu.out(x, **kwargs, out=out)
+    return out.copy_(aten.gelu.default(x, **kwargs))
 
 
 def _simple(node: fx.Node, order: Sequence[tuple[int, Any]]) -> tuple[Any, Any] | None:
