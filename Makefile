@@ -32,8 +32,8 @@ demo: $(VENV)/.installed-bench ## train a small language model in every variant;
 adapters: $(VENV)/.installed-bench ## fine-tune the demo's model with adapters; outputs in build/adapters
 	@OMP_WAIT_POLICY=passive $(BIN)/python examples/finetune_adapters.py --out build/adapters $(ARGS)
 
-bench: $(VENV)/.installed-bench $(VENV)/.installed-encoder ## measure every case on this machine; results in benchmarks/results, tables in docs
-	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu $(ARGS)
+bench: $(VENV)/.installed-bench $(VENV)/.installed-encoder ## measure on this machine, in 20 minutes; ARGS=--long adds the cases that take minutes each
+	$(BIN)/python -m benchmarks.run --repeats 5 --out benchmarks/results/cpu $(ARGS)
 	$(BIN)/python -m benchmarks.tables
 
 quality: $(VENV)/.installed-bench ## losses and variances of training, an hour and a half; goes on where it was stopped

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,14 +102,18 @@ def _convert(options: argparse.Namespace) -> str:
     return report.to_json() if options.json else str(report)
 
 
-def _model(options: argparse.Namespace) -> tuple[nn.Module, list[Report]]:
-    """The model on the meta device, with everything that was asked for, and the reports of its conversions."""
+def _model(options: argparse.Namespace) -> tuple[nn.Module, list[Report | str]]:
+    """The model on the meta device, with everything that was asked for, and what is to be said of it first."""
     from .integrations import from_config
 
     model = from_config.model_on_meta(from_config.read_config(options.model), _DTYPES.get(options.dtype))
     if options.lora is not None:
         model = from_config.with_lora(model, options.lora)
-    reports = [convert_model(model)] if options.convert else []
+    reports: list[Report | str] = []
+    if (Path(options.model) / "memsave.json").is_file():
+        reports.append("memsave.save wrote this folder; below is the plain model, without the conversion kept in it")
+    if options.convert:
+        reports.append(convert_model(model))
     if methods := _methods(options):
         reports.append(convert_model(model, methods))
     if options.checkpointing:

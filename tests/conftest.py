@@ -29,3 +29,8 @@ def unchanged() -> Iterator[Callable[[nn.Module], nn.Module]]:
     assert seen
     for model, before in seen:
         assert snapshot(model) == before
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is a whole process for minutes comes first: at the end, the other workers would wait for it."""
+    items.sort(key=lambda item: "test_interpreted.py" not in item.nodeid)

@@ -165,6 +165,7 @@ def test_weights_are_converted_and_written(tmp_path: Path, capsys: pytest.Captur
     ids = tokens()["input_ids"]
     memsave.convert_model(plain, method)
     assert torch.equal(memsave.load(out).eval()(ids).logits, plain.eval()(ids).logits)
+    assert "without the conversion" in run(capsys, "estimate", out, "--device", "cpu")
     assert "not empty" in refused("convert", str(tmp_path / "plain"), "--out", out)
     run(capsys, "convert", str(tmp_path / "plain"), "--out", out, "--overwrite")
 

@@ -45,6 +45,7 @@ def sgd(parameters: Any) -> torch.optim.SGD:
 
 @pytest.fixture(autouse=True)
 def no_other_warnings() -> Any:
+    optimizers._watches.clear()  # those of earlier tests
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield

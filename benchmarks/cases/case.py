@@ -37,7 +37,7 @@ class Case:
     title: str
     method: str | None = None
     devices: tuple[str, ...] = ("cpu",)
-    expected_s: float = 20.0
+    expected_s: float = 8.0
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
     @property

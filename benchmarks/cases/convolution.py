@@ -150,7 +150,7 @@ _MOBILENET = ConvolutionCase(
     model=partial(classifier, "MobileNetV2", {}),
     forward=logits,
     shape=(1, 3, 224, 224),
-    expected_s=60,
+    expected_s=15,
 )
 # Tiles of a toy are 8 x 8 latents, with two blocks between them and the pixels.
 _TINY_VAE = partial(vae, block_out_channels=(8, 16), layers_per_block=1, sample_size=16)
@@ -163,7 +163,7 @@ _VAE = ConvolutionCase(
     shape=(1, 4, 64, 64),
     ways=WAYS[:4],
     most_rounds=5,
-    expected_s=60,
+    expected_s=15,
     tiny={"model": _TINY_VAE, "shape": (1, 4, 16, 16)},
 )
 
@@ -174,7 +174,7 @@ CONVOLUTION_CASES = (
         name="patch_conv_mobilenet_v2_1024",
         title="MobileNetV2 without gradients, an image of 1024 x 1024 pixels, fp32",
         shape=(1, 3, 1024, 1024),
-        expected_s=120,
+        expected_s=45,
     ),
     ConvolutionCase(
         name="patch_conv_resnet50_2048",
@@ -226,7 +226,7 @@ CONVOLUTION_CASES = (
         forward=logits,
         shape=(1, 3, 224, 224),
         ways=WAYS[:4],
-        expected_s=60,
+        expected_s=15,
     ),
     ConvolutionCase(
         name="patch_conv_convnext_224",
@@ -235,7 +235,7 @@ CONVOLUTION_CASES = (
         forward=logits,
         shape=(1, 3, 224, 224),
         ways=WAYS[:4],
-        expected_s=60,
+        expected_s=15,
     ),
     ConvolutionCase(
         name="patch_conv_segformer_512",
@@ -244,6 +244,6 @@ CONVOLUTION_CASES = (
         forward=logits,
         shape=(1, 3, 512, 512),
         ways=WAYS[:4],
-        expected_s=60,
+        expected_s=15,
     ),
 )

@@ -38,7 +38,7 @@ KEPT_CASES = (
     KeptCase(
         name="kept",
         title=f"kept for backward by {SIZE.layers} layers, where the model reads one with a padding mask",
-        expected_s=120.0,
+        expected_s=60.0,
         tiny={"size": TINY},
     ),
 )

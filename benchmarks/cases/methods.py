@@ -75,7 +75,7 @@ METHODS_CASES: tuple[MethodsCase, ...] = (
         name="methods",
         title="full training step of a Llama (2 layers, 256 wide, 4,096 classes), fp32, AdamW",
         devices=("cpu", "cuda"),
-        expected_s=240.0,
+        expected_s=360.0,
         model=partial(models.llama_wide, num_hidden_layers=2),
         shape=(1, 2048),
         variants=(

@@ -125,6 +125,7 @@ OP_CASES: tuple[OpCase, ...] = (
     ),
     for_op(
         "sddmm",
+        expected_s=130.0,
         plain=entries_of_dense,
         peers={"dense product, then its entries": entries_of_dense, "columns of each entry": products_of_columns},
         title="some entries of a weight gradient, a share of `density` of them",
@@ -145,6 +146,7 @@ OP_CASES: tuple[OpCase, ...] = (
     ),
     for_op(
         "spmm",
+        expected_s=50.0,
         plain=product_with_dense,
         peers={"torch.sparse.mm (CSR)": csr_product, "dense matrix": product_with_dense},
         title="products with a sparse matrix, x S or x S^T; CSR and dense forms of it are there before",
@@ -196,24 +198,28 @@ OP_CASES: tuple[OpCase, ...] = (
     ),
     for_op(
         "activation",
+        expected_s=30.0,
         peers={"torch's own": torchs_activation},
         title="an activation function",
         **_ACTIVATION,
     ),
     for_op(
         "activation_backward",
+        expected_s=30.0,
         peers={"torch's own": torchs_backward},
         title="the gradient of an activation function",
         **_ACTIVATION,
     ),
     for_op(
         "gated_activation",
+        expected_s=30.0,
         peers={"as models write it": written_gated},
         title="the product in a gated MLP",
         **_ACTIVATION,
     ),
     for_op(
         "gated_activation_backward",
+        expected_s=95.0,
         peers={"act(gate) kept": kept_backward},
         title="the gradients of that product; the peer is what autograd does, which keeps act(gate)",
         **_ACTIVATION,

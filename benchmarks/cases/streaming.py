@@ -175,7 +175,7 @@ DECODING_CASES = (
         title="One further token of a GPT-2 with two layers",
         model=partial(transformer, "GPT2Config", "GPT2LMHeadModel", _GPT2),
         devices=("cpu", "cuda"),
-        expected_s=60,
+        expected_s=15,
         tiny={
             "model": partial(
                 transformer, "GPT2Config", "GPT2LMHeadModel", {**_GPT2, "n_embd": 64, "n_head": 4, "n_layer": 1}
@@ -188,7 +188,7 @@ DECODING_CASES = (
         title="One further token of a Llama-3.2-1B with two layers",
         model=partial(transformer, "LlamaConfig", "LlamaForCausalLM", _LLAMA_1B),
         devices=("cpu", "cuda"),
-        expected_s=120,
+        expected_s=20,
         tiny={
             "model": partial(transformer, "LlamaConfig", "LlamaForCausalLM", _TINY_LLAMA),
             "past_tokens": (8,),

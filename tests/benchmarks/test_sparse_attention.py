@@ -46,7 +46,7 @@ def run_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
         monkeypatch.setattr(run, "CASES", (case,))
         monkeypatch.setattr(run, "QUALITY_CASES", (case,))
         threads = str(torch.get_num_threads())
-        return run.main(["--repeats", "2", "--threads", threads, "--out", str(tmp_path), *options])
+        return run.main(["--long", "--repeats", "2", "--threads", threads, "--out", str(tmp_path), *options])
 
     return run_case
 
