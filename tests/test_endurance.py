@@ -22,7 +22,7 @@ import memsave
 from tests.methods import ffn_models, sparse
 from tests.mlp import make, wta
 
-ROUNDS = 1000 if "MEMSAVE_FUZZ" in os.environ else 60
+ROUNDS = 1000 if "MEMSAVE_FUZZ" in os.environ else 40
 WARM = 20
 """Rounds after which everything is as large as it gets."""
 
@@ -158,7 +158,7 @@ def one_round(model: nn.Module, kind: Kind) -> None:
     calibration = None if kind.calibration is None else kind.calibration()
     memsave.convert_model(model, kind.configs(), calibration=calibration)
     trained = [p for p in model.parameters() if p.requires_grad]
-    step(model, kind.batch(), torch.optim.SGD(trained, lr=1e-3))
+    step(model, kind.batch(), torch.optim.SGD(trained, lr=1e-6))  # a thousand larger steps would diverge
     memsave.restore_model(model, **kind.restore)
 
 

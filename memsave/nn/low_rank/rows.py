@@ -173,6 +173,8 @@ def row_work(module: nn.Module, input_features: Sequence[int]) -> RowWork | None
         return None
     if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[:2] != (1, 3):
         return None
+    if not y.isfinite().all():  # nothing can be told from it
+        return None
     if not torch.allclose(y, torch.cat(parts, 1), rtol=1e-3, atol=float(1e-3 * y.abs().max())):
         return None
     widths = [out_features(m) for m in module.modules() if is_linear(m) or isinstance(m, LowRankLinear)]

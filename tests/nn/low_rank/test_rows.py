@@ -306,6 +306,9 @@ def test_what_a_module_is_by_rows() -> None:
     assert (work.num_inputs, work.out_features, work.hidden_features, work.lazy) == (1, WIDTH, 96, False)
     assert block.training and row_work(OverTokens(), [WIDTH]) is None and row_work(Wide(), [7]) is None
     assert row_work(GatedMLP().to("meta"), [WIDTH]) is None and row_work(nn.Identity(), [WIDTH]) is None
+    broken = GatedMLP()
+    nn.init.constant_(next(broken.parameters()), float("nan"))
+    assert row_work(broken, [WIDTH]) is None
 
 
 def test_copies_stream(blocks: Any) -> None:
