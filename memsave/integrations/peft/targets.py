@@ -95,3 +95,12 @@ def checked_targets(owner: str, name: str, value: Any) -> Any:
     raise ValueError(
         f"{owner}.{name}: expected names of modules, a regular expression or 'all-linear', or None, got {value!r}"
     )
+
+
+def check_names(owner: str, name: str, value: Any) -> None:
+    """Raises ValueError that names the field, unless it is None or a list of names: PEFT would take a string apart."""
+    if value is None:
+        return
+    if isinstance(value, (list, tuple, set)) and all(isinstance(entry, str) and entry for entry in value):
+        return
+    raise ValueError(f"{owner}.{name}: expected a list of names of modules, or None, got {value!r}")

@@ -169,6 +169,8 @@ def test_wrong_calibration(calibration: Any, words: str, unchanged: Any) -> None
         ({"keep_ratio": 0.0}, "keep_ratio: expected a fraction"),
         ({"keep_ratio": 1.1}, "keep_ratio: expected a fraction"),
         ({"dtype": "int8"}, "dtype: expected one of"),
+        ({"modules_to_save": "norm"}, "modules_to_save: expected a list of names"),
+        ({"modules_to_save": [""]}, "modules_to_save: expected a list of names"),
         ({"dtype": "nothing"}, "dtype: expected one of"),
         ({"mask": "best"}, "mask: expected one of .'random', .*got 'best'"),
         ({"mask": "given"}, "'given' needs masks='stored'"),

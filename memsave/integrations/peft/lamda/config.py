@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig
 
 from ..registration import peft_type
-from ..targets import checked_targets
+from ..targets import check_names, checked_targets
 
 RANKS = ("uniform", "energy")
 SVDS = ("randomized", "exact")
@@ -71,6 +71,7 @@ class LaMDAConfig(PeftConfig):
         self.peft_type = peft_type("MEMSAVE_LAMDA")
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, checked_targets("LaMDAConfig", name, getattr(self, name)))
+        check_names("LaMDAConfig", "modules_to_save", self.modules_to_save)
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
         if self.rank_pattern is not None and not isinstance(self.rank_pattern, dict):

@@ -11,7 +11,7 @@ from peft import PeftConfig
 
 from ....nn.rows import KeepRows
 from ..registration import peft_type
-from ..targets import checked_targets
+from ..targets import check_names, checked_targets
 
 MASKS = ("random", "magnitude", "struct", "gradient", "snip", "given")
 CALIBRATED = ("gradient", "snip")
@@ -77,6 +77,7 @@ class SHiRAConfig(PeftConfig):
         self.peft_type = peft_type("MEMSAVE_SHIRA")
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, checked_targets("SHiRAConfig", name, getattr(self, name)))
+        check_names("SHiRAConfig", "modules_to_save", self.modules_to_save)
         for name, known in (("mask", MASKS), ("apply", APPLY), ("masks", ("select", "stored"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"SHiRAConfig.{name}: expected one of {list(known)}, got {getattr(self, name)!r}")
