@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import memsave
+from memsave.explaining.changes import enable_checkpointing
 
 KEEP_RATIO = 0.3
 
@@ -37,13 +38,6 @@ class Variant:
     within: Callable[[], AbstractContextManager[object]] = nullcontext
     package: str | None = None
     patches: tuple[str, ...] = ()
-
-
-def enable_checkpointing(model: nn.Module, **settings: object) -> None:
-    # transformers 5 renamed the method; the old name goes away in version 6.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    enable = next(getattr(model, name) for name in names if hasattr(model, name))
-    enable({"use_reentrant": False, **settings})
 
 
 def _products() -> list[object]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import applied_configs
 from ..errors import MemsaveError, NoMatchError
 from ..memory.estimating import MakeOptimizer, Step
 from ..text import groups, pattern
@@ -96,7 +95,7 @@ def _by_modules(now: Facts, bare: Facts | None) -> tuple[Kept, ...]:
 
 
 def _kept(cause: Cause, kept_bytes: int, converted_bytes: int | None, bare: Facts | None) -> Kept:
-    applied = {name for module in bare.model.modules() for name in applied_configs(module)} if bare else set()
+    applied = bare.methods if bare else frozenset()
     freed = converted_bytes is not None and converted_bytes < kept_bytes
     methods = tuple(name for name in METHODS_OF.get(cause, ()) if freed and name in applied)
     return Kept(cause=str(cause), kept_bytes=kept_bytes, converted_bytes=converted_bytes, methods=methods)

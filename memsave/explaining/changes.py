@@ -41,12 +41,16 @@ def _convert_checkpointed(model: nn.Module) -> None:
     enable_checkpointing(model)
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Switch on activation checkpointing of a transformers model; ValueError if it has none."""
+def enable_checkpointing(model: Any, **settings: object) -> None:
+    """Switch on activation checkpointing of a transformers model; ValueError if it has none.
+
+    Args:
+        settings: of `torch.utils.checkpoint.checkpoint`.
+    """
     # transformers 5 renamed the method; the old name goes away in version 6.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, **settings})
 
 
 def _narrow_adapters(model: nn.Module) -> None:

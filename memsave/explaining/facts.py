@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
+from ..config import applied_configs
 from ..memory import MemoryProfile
 from ..memory.estimating import Step
 from ..memory.noting import NotingTracker, Save
@@ -39,6 +41,11 @@ class Facts:
     def kept_for(self, cause: Cause) -> int:
         """Bytes kept for backward for one cause."""
         return sum(size for keeper, size in self.kept.items() if keeper.cause is cause)
+
+    @cached_property
+    def methods(self) -> frozenset[str]:
+        """The methods that the model is converted by."""
+        return frozenset(name for module in self.model.modules() for name in applied_configs(module))
 
     @property
     def checkpointing(self) -> bool:

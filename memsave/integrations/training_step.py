@@ -8,7 +8,7 @@ from typing import ClassVar
 from ..memory.profile import MemoryProfile, format_bytes
 from ..memory.replay import build_profile
 from ..memory.tracker import StorageTracker
-from ..report import aligned
+from ..text import aligned
 
 PHASES = ("forward", "backward", "optimizer")
 
